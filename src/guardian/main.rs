@@ -1,0 +1,2 @@
+//! The guardian.
+fn main() {}
