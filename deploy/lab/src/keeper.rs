@@ -1,0 +1,99 @@
+//! The keeper of a lab: one small process that holds the lab's number (a locked file) and runs its delaying links.
+//!
+//! It lives exactly as long as the lab, also when the command that made the lab has ended.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{FlockOperation, flock};
+use tokio::process::Command;
+
+use crate::process;
+use crate::proxy;
+use crate::world::{DATA_SITES, Site, World, port};
+
+/// A lab number with the lock that keeps it.
+pub struct Number {
+    /// N of 127.N.site.1.
+    pub number: u8,
+    lock: fs::File,
+}
+
+/// Takes a free number, or exactly `wanted`.
+///
+/// Errors: `wanted` is held by another lab; none is free.
+pub fn take_number(base: &Path, wanted: Option<u8>) -> Result<Number> {
+    let dir = base.join("_locks");
+    fs::create_dir_all(&dir).with_context(|| format!("make folder {}", dir.display()))?;
+    let range = wanted.map_or(1..=250, |n| n..=n);
+    for number in range {
+        let path = dir.join(format!("{number}.lock"));
+        let lock = fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(&path)
+            .with_context(|| format!("open {}", path.display()))?;
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
+            && (wanted.is_some() || ports_free(number))
+        {
+            return Ok(Number { number, lock });
+        }
+    }
+    match wanted {
+        Some(n) => bail!("lab number {n} is held by another lab; `down --purge` this one and start again"),
+        None => bail!(
+            "no free lab number: all of 127.1 to 127.250 have listeners on the lab's ports or are locked"
+        ),
+    }
+}
+
+fn ports_free(number: u8) -> bool {
+    let free =
+        |site: u8, port: u16| TcpListener::bind(SocketAddr::from(([127, number, site, 1], port))).is_ok();
+    (1..=3).all(|site| port::ALL.iter().all(|p| free(site, *p)))
+}
+
+/// Starts the keeper and waits until its links listen. It keeps the lock as its standard input.
+pub async fn spawn(world: &World, number: Number) -> Result<()> {
+    let exe = world.bin("dc-lab")?;
+    let mut cmd = Command::new(exe);
+    cmd.arg("keeper").arg("--name").arg(&world.name);
+    cmd.env("DC_LAB_NUMBER", world.number.to_string())
+        .env("DC_LAB_DELAY_MS", world.delay.as_millis().to_string());
+    process::spawn(world, "keeper", &cmd, Some(number.lock))?;
+    let limit = Instant::now() + Duration::from_secs(10);
+    let probe = SocketAddr::from((
+        world.link_ip(&DATA_SITES[1], &DATA_SITES[0]),
+        port::LINKED[port::LINKED.len() - 1],
+    ));
+    while !world.delay.is_zero() && tokio::net::TcpStream::connect(probe).await.is_err() {
+        if Instant::now() >= limit || !world.alive("keeper") {
+            bail!("links of the lab do not listen, see {}", world.log("keeper").display());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+/// The keeper itself: runs the links of every directed pair of data sites until SIGTERM.
+pub async fn keep(world: &World) -> Result<()> {
+    let pairs: [(Site, Site); 2] = [(DATA_SITES[0], DATA_SITES[1]), (DATA_SITES[1], DATA_SITES[0])];
+    if !world.delay.is_zero() {
+        for (from, to) in pairs {
+            for port in port::LINKED {
+                let listen = SocketAddr::from((world.link_ip(&from, &to), port));
+                let target: SocketAddr =
+                    format!("{}:{port}", world.ip(&to)).parse().context("address of a site")?;
+                proxy::listen(listen, target, world.delay).await?;
+            }
+        }
+    }
+    let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    term.recv().await;
+    Ok(())
+}

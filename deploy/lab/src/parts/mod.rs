@@ -1,0 +1,145 @@
+//! The real parts: a file per plane, each with the same six functions.
+//!
+//! `install` brings what is missing (pinned, checksummed, shared by all labs), `start` brings both sites up with
+//! users, topics, buckets, grants and the founding direction rome to fra, `stop` ends them, `agent_toml` and
+//! `group_toml` write the plane's sections, `versions` names what runs. All may be repeated.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::world::{DATA_SITES, Plane, Site, World, port};
+
+pub mod airflow;
+pub mod kafka;
+pub mod postgres;
+pub mod s3;
+
+/// Name of the failover group that the lab moves.
+pub const GROUP: &str = "orders";
+
+/// Installs the parts of every plane of the lab, one after another.
+pub async fn install(world: &World) -> Result<()> {
+    for plane in &world.planes {
+        let begun = Instant::now();
+        match plane {
+            Plane::Postgres => postgres::install(world).await,
+            Plane::Kafka => kafka::install(world).await,
+            Plane::S3 => s3::install(world).await,
+            Plane::Airflow => airflow::install(world).await,
+        }
+        .with_context(|| format!("install parts of {plane}"))?;
+        eprintln!("  {plane} installed ({:.1} s)", begun.elapsed().as_secs_f64());
+    }
+    Ok(())
+}
+
+/// Starts every plane's parts at both sites: Postgres, Kafka and S3 side by side, Airflow on top of them.
+pub async fn start(world: &World) -> Result<()> {
+    let (p, k, s) =
+        tokio::join!(one(world, Plane::Postgres), one(world, Plane::Kafka), one(world, Plane::S3));
+    p.and(k).and(s)?;
+    one(world, Plane::Airflow).await
+}
+
+async fn one(world: &World, plane: Plane) -> Result<()> {
+    if !world.planes.contains(&plane) {
+        return Ok(());
+    }
+    let begun = Instant::now();
+    match plane {
+        Plane::Postgres => postgres::start(world).await,
+        Plane::Kafka => kafka::start(world).await,
+        Plane::S3 => s3::start(world).await,
+        Plane::Airflow => airflow::start(world).await,
+    }
+    .with_context(|| format!("start parts of {plane}"))?;
+    eprintln!("  {plane} is up at both sites ({:.1} s)", begun.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Stops every plane's parts, Airflow first. All are tried; the first error is returned.
+pub async fn stop(world: &World) -> Result<()> {
+    let mut result = Ok(());
+    for plane in world.planes.iter().rev() {
+        let stopped = match plane {
+            Plane::Postgres => postgres::stop(world).await,
+            Plane::Kafka => kafka::stop(world).await,
+            Plane::S3 => s3::stop(world).await,
+            Plane::Airflow => airflow::stop(world).await,
+        };
+        result = result.and(stopped.with_context(|| format!("stop parts of {plane}")));
+    }
+    result
+}
+
+/// Versions of all parts of the lab.
+pub fn versions(world: &World) -> BTreeMap<String, String> {
+    let of = |plane: &Plane| match plane {
+        Plane::Postgres => postgres::versions(world),
+        Plane::Kafka => kafka::versions(world),
+        Plane::S3 => s3::versions(world),
+        Plane::Airflow => airflow::versions(world),
+    };
+    world.planes.iter().flat_map(of).collect()
+}
+
+/// The agent's file of a site: head, and a section per plane at the data sites.
+pub fn agent_toml(world: &World, site: &Site) -> String {
+    let dir = world.dir(site);
+    let dir = dir.display();
+    let ip = world.ip(site);
+    let mut text = format!(
+        "site = \"{site}\"\ndata_dir = \"{dir}/agent\"\nprofile = \"wan\"\n\n\
+         [listen]\ngrpc = \"{ip}:{grpc}\"\nhttp = \"{ip}:{http}\"\n\n\
+         [tls]\nca = \"{dir}/tls/ca.pem\"\ncert = \"{dir}/tls/agent.pem\"\nkey = \"{dir}/tls/agent.key\"\n\n[peers]\n",
+        grpc = port::AGENT_GRPC,
+        http = port::AGENT_HTTP,
+    );
+    for peer in crate::world::SITES {
+        let _ = writeln!(text, "{peer} = \"{}:{}\"", world.ip(&peer), port::AGENT_GRPC);
+    }
+    if !DATA_SITES.contains(site) {
+        return text;
+    }
+    let _ = writeln!(text, "\n[guardian]\nsocket = \"{dir}/guardian.sock\"");
+    for plane in &world.planes {
+        text.push('\n');
+        text.push_str(&match plane {
+            Plane::Postgres => postgres::agent_toml(world, site),
+            Plane::Kafka => kafka::agent_toml(world, site),
+            Plane::S3 => s3::agent_toml(world, site),
+            Plane::Airflow => airflow::agent_toml(world, site),
+        });
+    }
+    text
+}
+
+/// The group's file.
+pub fn group_toml(world: &World) -> String {
+    let mut text = format!("name = \"{GROUP}\"\nsites = [\"rome\", \"fra\"]\n");
+    for plane in &world.planes {
+        text.push('\n');
+        text.push_str(&match plane {
+            Plane::Postgres => postgres::group_toml(world),
+            Plane::Kafka => kafka::group_toml(world),
+            Plane::S3 => s3::group_toml(world),
+            Plane::Airflow => airflow::group_toml(world),
+        });
+    }
+    text.push_str(
+        "\n[policy]\nlag_bytes_max = 16777216\nlag_records_max = 50000\nlag_objects_max = 1000\n\
+         stop_limit = \"10s\"\ndrain_limit = \"30s\"\n",
+    );
+    text
+}
+
+/// Writes `SITE/agent.toml` and `group.toml` into the lab.
+pub fn write_files(world: &World) -> Result<()> {
+    for site in crate::world::SITES {
+        world.write(&world.dir(&site).join("agent.toml"), &agent_toml(world, &site), 0o644)?;
+    }
+    world.write(&world.root.join("group.toml"), &group_toml(world), 0o644)
+}
