@@ -62,9 +62,7 @@ fn ports_free(number: u8) -> bool {
 pub async fn spawn(world: &World, number: Number) -> Result<()> {
     let exe = world.bin("dc-lab")?;
     let mut cmd = Command::new(exe);
-    cmd.arg("keeper").arg("--name").arg(&world.name);
-    cmd.env("DC_LAB_NUMBER", world.number.to_string())
-        .env("DC_LAB_DELAY_MS", world.delay.as_millis().to_string());
+    cmd.arg("keeper").arg(&world.root);
     process::spawn(world, "keeper", &cmd, Some(number.lock))?;
     let limit = Instant::now() + Duration::from_secs(10);
     let probe = SocketAddr::from((

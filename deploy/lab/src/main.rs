@@ -34,7 +34,10 @@ enum Cmd {
     Down(Down),
     /// Hold the lab's number and its links (started by the lab itself)
     #[command(hide = true)]
-    Keeper(Named),
+    Keeper {
+        /// Folder of the lab
+        root: std::path::PathBuf,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -78,7 +81,7 @@ async fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Cmd::Parts(Parts::Up(up)) => parts_up(&up).await,
         Cmd::Parts(Parts::Down(down)) | Cmd::Down(down) => take_down(&down).await,
-        Cmd::Keeper(named) => keep(&named).await,
+        Cmd::Keeper { root } => keep(&root).await,
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -89,8 +92,8 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn keep(named: &Named) -> Result<()> {
-    keeper::keep(&World::load(&named.name)?).await
+async fn keep(root: &std::path::Path) -> Result<()> {
+    keeper::keep(&World::open(root)?).await
 }
 
 async fn parts_up(up: &Up) -> Result<()> {

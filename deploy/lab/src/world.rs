@@ -220,20 +220,22 @@ impl World {
 
     /// Opens the lab of that name as it stands.
     pub fn load(name: &str) -> Result<World> {
-        let base = base_dir()?;
-        let root = base.join(name);
-        let Some(saved) = read_saved(&root)? else { bail!("there is no lab {name} in {}", base.display()) };
-        let parts_dir = base.join("_parts");
-        let delay = Duration::from_millis(saved.delay_ms);
-        let owner = owner_of_parts()?;
+        World::open(&base_dir()?.join(name))
+    }
+
+    /// Opens the lab in that folder as it stands.
+    pub fn open(root: &Path) -> Result<World> {
+        let Some(saved) = read_saved(root)? else { bail!("there is no lab in {}", root.display()) };
+        let base = root.parent().context("a lab lies below a folder")?;
+        let name = root.file_name().context("a lab has a name")?;
         Ok(World {
-            name: name.into(),
+            name: name.to_string_lossy().into_owned(),
             number: saved.number,
-            root,
-            parts_dir,
-            delay,
+            root: root.to_path_buf(),
+            parts_dir: base.join("_parts"),
+            delay: Duration::from_millis(saved.delay_ms),
             planes: saved.planes,
-            owner,
+            owner: owner_of_parts()?,
         })
     }
 
