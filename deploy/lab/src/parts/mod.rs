@@ -3,6 +3,17 @@
 //! `install` brings what is missing (pinned, checksummed, shared by all labs), `start` brings both sites up with
 //! users, topics, buckets, grants and the founding direction rome to fra, `stop` ends them, `agent_toml` and
 //! `group_toml` write the plane's sections, `versions` names what runs. All may be repeated.
+//!
+//! What load and oracle expect of the parts at both sites, with secrets by [`World::secret`] of that name:
+//!
+//! - Postgres: role `app` (`postgres-app`) owning database `app`, shut out by a fence; role `dclab` (`postgres-dclab`)
+//!   with `pg_read_all_data`, for the oracle only.
+//! - Kafka, SASL PLAIN over plaintext on the client listener: `app` (`kafka-app`) writes and reads at the active site
+//!   and is fenced; `dclab` (`kafka-dclab`) may read everything at both sites at all times. Topics and groups are those
+//!   of group.toml: `orders`, `payments`; `billing`, `audit`.
+//! - S3: key `app` (`s3-app`) writes below the log prefix and is fenced; the root key `root` (`s3-root`) reads at both.
+//! - Airflow: user `admin` (`airflow-admin`); tasks append marks to `root/marks/marks.tsv`, one line each, tab separated:
+//!   unix seconds with fraction, site, dag, run, task, map index, try, release of the DAGs, `start` or `end`, pid.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
