@@ -10,6 +10,7 @@
 pub mod act;
 pub mod authority;
 pub mod codes;
+pub mod fail;
 pub mod ids;
 pub mod lease;
 pub mod plan;
