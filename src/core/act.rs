@@ -329,6 +329,17 @@ pub enum Outcome {
     Release(DagRelease),
     /// A plane's final position: its part of the cut.
     Position(Position),
+    /// Digest of something that must be equal at both sites; compared once both preflights answered.
+    Fingerprint {
+        /// Of which plane.
+        plane: PlaneKind,
+        /// Where it was taken.
+        site: SiteId,
+        /// Of what, as in `fernet key`.
+        of: String,
+        /// Tells equal from unequal and nothing more; never the secret itself.
+        digest: String,
+    },
     /// What was found wrong, or merely worth saying.
     Findings(Vec<Finding>),
 }
