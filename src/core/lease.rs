@@ -146,7 +146,11 @@ fn at_least(
     right: Duration,
     meaning: &'static str,
 ) -> Result<(), BrokenProfile> {
-    if left >= right { Ok(()) } else { Err(BrokenProfile { rule, relation: "at least", left, right, meaning }) }
+    if left >= right {
+        Ok(())
+    } else {
+        Err(BrokenProfile { rule, relation: "at least", left, right, meaning })
+    }
 }
 
 /// Identifies one renewal of a site: its session, then a number that only rises within it.
