@@ -92,7 +92,7 @@ impl DagRelease {
 
 /// The final position of one plane, with what proves that both sites are there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "plane", rename_all = "lowercase")]
+#[serde(rename_all = "lowercase")] // not tagged inside: JSON could not read number keys back
 pub enum Position {
     /// The shutdown checkpoint, replayed past at the target.
     Postgres {

@@ -3,15 +3,17 @@
 //! This room never decides what is done or where; it is told by an act and must hold an
 //! authority to change anything. Every method may be repeated after a crash at any line.
 
+pub mod releases;
+
 use std::time::Duration;
 
 use async_trait::async_trait;
-use dc_core::act::{Act, Evidence, Finding, Progress};
+use dc_core::act::{Act, Evidence, Progress};
 use dc_core::authority::Authority;
 use dc_core::ids::PlaneKind;
-use dc_core::position::Lag;
-use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
+
+pub use dc_core::observe::{PlaneFacts, Role};
 
 /// The moment by which a call must have ended, with success or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,35 +75,6 @@ pub enum Depth {
     Shallow,
     /// Everything that can be read; for every minute.
     Deep,
-}
-
-/// What a plane is at this site, as seen and not as wished.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Takes writes of applications.
-    Writable,
-    /// Follows the other site.
-    Following,
-    /// Runs, and neither takes writes nor follows.
-    Closed,
-    /// Does not run.
-    Down,
-}
-
-/// One reading of a plane at this site.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PlaneFacts {
-    /// Which plane.
-    pub plane: PlaneKind,
-    /// What it is here; none when it could not be seen.
-    pub role: Option<Role>,
-    /// How far this site is behind the one it follows; none when it follows none or it is unknown.
-    pub lag: Option<Lag>,
-    /// One line for people, as in `streaming from rome, timeline 3`.
-    pub summary: String,
-    /// What is wrong, or merely worth saying.
-    pub findings: Vec<Finding>,
 }
 
 /// Why a plane could not do or see something.
