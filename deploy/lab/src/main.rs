@@ -2,10 +2,16 @@
 //! judges what happened from what clients were told. Never ships, and names none of the product's crates: it runs
 //! the product's binaries, as an operator would.
 
+mod history;
+mod judge;
 mod keeper;
+mod load;
+mod oracle;
 mod parts;
+mod prereq;
 mod process;
 mod proxy;
+mod report;
 mod world;
 
 use std::collections::BTreeSet;

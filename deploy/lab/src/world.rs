@@ -67,7 +67,7 @@ pub mod port {
 }
 
 /// One datacenter of the lab.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Site {
     /// Name as in the agent's file.
     pub name: &'static str,

@@ -1,0 +1,151 @@
+//! The load: writers of every plane at both sites, each with one fixed address, that try all the time and note what
+//! they were told. They learn nothing from the product, not even that a move is under way: only the pace of tries
+//! against a closed site rises while one is asked for, so that the outage is measured finely.
+
+pub mod airflow;
+pub mod groups;
+pub mod kafka;
+pub mod postgres;
+pub mod s3;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::history::History;
+use crate::world::{Plane, Site, World};
+
+/// How far back a sample of the backlog looks, in nanoseconds: older acknowledgements count as carried or lost.
+pub const RECENT: u64 = 10_000_000_000;
+
+/// What all writers share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The lab.
+    pub world: World,
+    /// Histories by plane.
+    pub histories: BTreeMap<Plane, Arc<History>>,
+    /// What consumer groups did.
+    pub groups: groups::Log,
+    /// What was acknowledged and not yet readable at the other site, over time.
+    pub backlog: Backlog,
+    /// A move is being asked for: closed sites are tried often.
+    pub moving: AtomicBool,
+    /// Rises after each move: clients that must not outlive a move start anew.
+    pub generation: AtomicU64,
+    /// Ends everything.
+    pub stop: CancellationToken,
+}
+
+impl Shared {
+    /// The history of a plane of this lab.
+    pub fn history(&self, plane: Plane) -> Result<&Arc<History>> {
+        self.histories.get(&plane).with_context(|| format!("this lab has no {plane}"))
+    }
+
+    /// How long a writer waits before it tries a closed site again.
+    pub async fn pause(&self) {
+        let ms = if self.moving.load(Ordering::Relaxed) { 20 } else { 250 };
+        self.sleep(Duration::from_millis(ms)).await;
+    }
+
+    /// Waits, or less if the load ends.
+    pub async fn sleep(&self, time: Duration) {
+        tokio::select! {
+            () = self.stop.cancelled() => {}
+            () = tokio::time::sleep(time) => {}
+        }
+    }
+
+    /// Has the load been asked to end?
+    pub fn over(&self) -> bool {
+        self.stop.is_cancelled()
+    }
+}
+
+/// Samples of what a source acknowledged and its target could not read yet.
+#[derive(Debug, Default)]
+pub struct Backlog(Mutex<BTreeMap<(Plane, Site), Vec<(u64, usize)>>>);
+
+impl Backlog {
+    /// Adds a sample taken at `at`.
+    pub fn note(&self, plane: Plane, source: Site, at: u64, waiting: usize) {
+        if let Ok(mut samples) = self.0.lock() {
+            samples.entry((plane, source)).or_default().push((at, waiting));
+        }
+    }
+
+    /// The backlog with which a fence met the plane: the highest sample of the second before it.
+    ///
+    /// Of a second, because the last milliseconds before a fence may wait for the target on purpose.
+    pub fn before(&self, plane: Plane, source: Site, fence: u64) -> Option<usize> {
+        let samples = self.0.lock().ok()?;
+        let near = |(at, _): &&(u64, usize)| *at <= fence && *at + 1_000_000_000 >= fence;
+        samples.get(&(plane, source))?.iter().filter(near).map(|(_, n)| *n).max()
+    }
+}
+
+/// A load under way.
+#[derive(Debug)]
+pub struct Load {
+    /// What its writers share.
+    pub shared: Arc<Shared>,
+    tasks: JoinSet<()>,
+}
+
+impl Load {
+    /// Starts the writers of every plane of the lab; `active` serves now.
+    pub async fn start(world: &World, active: Site) -> Result<Load> {
+        let open = |p: &Plane| Ok((*p, Arc::new(History::open(world, *p)?)));
+        let histories = world.planes.iter().map(open).collect::<Result<_>>()?;
+        let shared = Arc::new(Shared {
+            world: world.clone(),
+            histories,
+            groups: groups::Log::default(),
+            backlog: Backlog::default(),
+            moving: AtomicBool::new(false),
+            generation: AtomicU64::new(0),
+            stop: CancellationToken::new(),
+        });
+        let mut tasks = JoinSet::new();
+        for plane in &world.planes {
+            match plane {
+                Plane::Postgres => postgres::start(&shared, active, &mut tasks).await?,
+                Plane::Kafka => kafka::start(&shared, &mut tasks)?,
+                Plane::S3 => s3::start(&shared, &mut tasks)?,
+                Plane::Airflow => airflow::start(&shared, &mut tasks)?,
+            }
+        }
+        Ok(Load { shared, tasks })
+    }
+
+    /// Ends all writers and waits for them.
+    pub async fn stop(mut self) {
+        self.shared.stop.cancel();
+        let all = async { while self.tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(Duration::from_secs(20), all).await.is_err() {
+            self.tasks.shutdown().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::ROME;
+
+    #[test]
+    fn takes_the_highest_backlog_of_the_second_before_the_fence() {
+        let backlog = Backlog::default();
+        for (at, n) in [(1_000_000_000, 9), (2_500_000_000, 4), (2_900_000_000, 0), (3_100_000_000, 7)] {
+            backlog.note(Plane::Kafka, ROME, at, n);
+        }
+        assert_eq!(backlog.before(Plane::Kafka, ROME, 3_000_000_000), Some(4));
+        assert_eq!(backlog.before(Plane::Kafka, ROME, 9_000_000_000), None);
+    }
+}
