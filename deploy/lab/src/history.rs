@@ -59,8 +59,6 @@ pub struct Event {
 /// All tries on one plane.
 #[derive(Debug)]
 pub struct History {
-    /// The plane.
-    pub plane: Plane,
     events: Mutex<Vec<Event>>,
     file: Mutex<File>,
 }
@@ -70,7 +68,7 @@ impl History {
     pub fn open(world: &World, plane: Plane) -> Result<History> {
         let path = world.root.join("history").join(format!("{plane}.tsv"));
         let file = File::create(&path).with_context(|| format!("write {}", path.display()))?;
-        Ok(History { plane, events: Mutex::new(Vec::new()), file: Mutex::new(file) })
+        Ok(History { events: Mutex::new(Vec::new()), file: Mutex::new(file) })
     }
 
     /// Adds one try that ends now.

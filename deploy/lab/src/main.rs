@@ -2,6 +2,7 @@
 //! judges what happened from what clients were told. Never ships, and names none of the product's crates: it runs
 //! the product's binaries, as an operator would.
 
+mod agents;
 mod history;
 mod judge;
 mod keeper;
@@ -12,15 +13,19 @@ mod prereq;
 mod process;
 mod proxy;
 mod report;
+mod run;
 mod world;
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 
+use oracle::Verdict;
+use run::Order;
 use world::{Plane, World};
 
 /// Builds a world of real parts on this machine, moves it under load and judges what happened.
@@ -33,11 +38,15 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Cmd {
+    /// Build the world, move it there and back under load, judge and report
+    Run(Run),
     /// Start or stop the real parts only, without agents
     #[command(subcommand)]
     Parts(Parts),
     /// Stop a lab that was left running
     Down(Down),
+    /// Put load on running parts without moving them, and judge what applies
+    Selftest(Selftest),
     /// Hold the lab's number and its links (started by the lab itself)
     #[command(hide = true)]
     Keeper {
@@ -59,6 +68,36 @@ struct Named {
     /// Name of the lab
     #[arg(long, default_value = "lab")]
     name: String,
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    #[command(flatten)]
+    up: Up,
+    /// Moves to make; the first goes from rome to fra
+    #[arg(long, default_value_t = 2)]
+    moves: usize,
+    /// Write the report as JSON
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Leave everything running at the end
+    #[arg(long)]
+    keep: bool,
+    /// Tell the agents to do this wrong; needs agents built for it
+    #[arg(long, value_name = "WHAT")]
+    sabotage: Option<String>,
+    /// Seconds that building took, for the report
+    #[arg(long, hide = true)]
+    build_s: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+struct Selftest {
+    #[command(flatten)]
+    named: Named,
+    /// How long
+    #[arg(long, default_value_t = 15)]
+    seconds: u64,
 }
 
 #[derive(Debug, Args)]
@@ -85,17 +124,38 @@ struct Down {
 #[tokio::main]
 async fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Cmd::Parts(Parts::Up(up)) => parts_up(&up).await,
-        Cmd::Parts(Parts::Down(down)) | Cmd::Down(down) => take_down(&down).await,
-        Cmd::Keeper { root } => keep(&root).await,
+        Cmd::Run(run) => run::run(&order(&run)).await,
+        Cmd::Parts(Parts::Up(up)) => parts_up(&up).await.map(|()| Verdict::Pass),
+        Cmd::Parts(Parts::Down(down)) | Cmd::Down(down) => take_down(&down).await.map(|()| Verdict::Pass),
+        Cmd::Selftest(test) => selftest(&test).await,
+        Cmd::Keeper { root } => keep(&root).await.map(|()| Verdict::Pass),
     };
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(Verdict::Pass) => ExitCode::SUCCESS,
+        Ok(Verdict::Fail) => ExitCode::from(1),
+        Ok(Verdict::Invalid) => ExitCode::from(2),
         Err(e) => {
             eprintln!("error: {e:#}");
-            ExitCode::FAILURE
+            ExitCode::from(1)
         }
     }
+}
+
+fn order(run: &Run) -> Order {
+    Order {
+        name: run.up.named.name.clone(),
+        planes: run.up.planes.iter().copied().collect(),
+        moves: run.moves,
+        delay: Duration::from_millis(run.up.delay),
+        report: run.report.clone(),
+        keep: run.keep,
+        sabotage: run.sabotage.clone(),
+        build_s: run.build_s,
+    }
+}
+
+async fn selftest(test: &Selftest) -> Result<Verdict> {
+    run::still(&World::load(&test.named.name)?, test.seconds).await
 }
 
 async fn keep(root: &std::path::Path) -> Result<()> {
@@ -125,16 +185,5 @@ async fn take_down(down: &Down) -> Result<()> {
         eprintln!("there is no lab {}", down.named.name);
         return Ok(());
     };
-    let stopped = parts::stop(&world).await;
-    for name in process::names(&world).into_iter().filter(|n| n != "keeper") {
-        world.stop(&name, Duration::from_secs(10)).await?;
-    }
-    world.stop("keeper", Duration::from_secs(2)).await?;
-    for line in world.sweep().await {
-        eprintln!("  ended a process that was left: {line}");
-    }
-    if down.purge {
-        std::fs::remove_dir_all(&world.root)?;
-    }
-    stopped
+    run::end(&world, down.purge).await
 }

@@ -247,16 +247,6 @@ pub async fn sweep(root: &Path, owner: Option<(u32, u32)>) -> Vec<String> {
     told
 }
 
-/// Removes every record whose process is gone.
-pub fn forget_dead(world: &World) {
-    let Ok(dir) = fs::read_dir(world.root.join("run")) else { return };
-    for path in dir.filter_map(Result::ok).map(|e| e.path()) {
-        if path.extension().is_some_and(|e| e == "json") && recorded(&path).is_none() {
-            let _ = fs::remove_file(path); // a leftover record of a dead process harms nobody
-        }
-    }
-}
-
 /// The names of all recorded processes.
 pub fn names(world: &World) -> Vec<String> {
     let Ok(dir) = fs::read_dir(world.root.join("run")) else { return Vec::new() };

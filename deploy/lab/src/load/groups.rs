@@ -57,13 +57,6 @@ impl Log {
         lines.iter().filter(|l| l.group == group && l.site == site && l.at >= from).cloned().collect()
     }
 
-    /// Has every group joined at a site since a time?
-    pub fn joined(&self, site: Site, since: u64) -> bool {
-        let joins =
-            |g: &str| self.lines(g, site, since).iter().any(|l| matches!(l.entry, Entry::Joins { .. }));
-        GROUPS.iter().all(|(g, _)| joins(g))
-    }
-
     /// Has every group had a commit acknowledged at a site since a time?
     pub fn committed(&self, site: Site, since: u64) -> bool {
         let acked = |l: &Line| matches!(&l.entry, Entry::Commit { outcome: Outcome::Acked, .. });
@@ -164,7 +157,7 @@ fn member(shared: &Shared, group: &'static str, pace: Duration, site: Site) -> R
     let mut first: BTreeMap<String, i64> = BTreeMap::new();
     let mut read: BTreeMap<(String, i32), (i64, Id)> = BTreeMap::new();
     let mut commit_at = Instant::now() + COMMIT_EVERY;
-    let mut moved = || shared.history(Plane::Kafka).ok().and_then(|h| h.active()).is_some_and(|s| s != site);
+    let moved = || shared.history(Plane::Kafka).ok().and_then(|h| h.active()).is_some_and(|s| s != site);
     while !shared.over() && !moved() {
         match consumer.poll(Duration::from_millis(50)) {
             Some(Ok(m)) => {

@@ -159,9 +159,10 @@ async fn sample(shared: Arc<Shared>, history: Arc<History>, there: Client, sourc
         let at = now_ns();
         let acked = history.acked_ids(source, at.saturating_sub(RECENT), at);
         let mut oldest: BTreeMap<u16, u64> = BTreeMap::new();
-        acked
-            .iter()
-            .for_each(|(w, s)| drop(oldest.entry(*w).and_modify(|min| *min = (*min).min(*s)).or_insert(*s)));
+        for (writer, seq) in &acked {
+            let least = oldest.entry(*writer).or_insert(*seq);
+            *least = (*least).min(*seq);
+        }
         let mut found = std::collections::BTreeSet::new();
         let mut whole = true;
         for (writer, seq) in oldest {
