@@ -1,0 +1,224 @@
+//! Our own processes, run as an operator would run them: certificates, three agents, the group, and moves by the
+//! command line. Everything the lab knows of the product goes through its binaries.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use tokio::process::Command;
+
+use crate::parts::{self, GROUP};
+use crate::process;
+use crate::world::{SITES, Site, World, port};
+
+/// A move that has not ended by then is left to a human.
+const MOVE: Duration = Duration::from_secs(300);
+/// Agents answer within this time after their start.
+const READY: Duration = Duration::from_secs(60);
+
+/// What the command line said of a move.
+#[derive(Debug)]
+pub struct Moved {
+    /// Name of the run, empty if none began.
+    pub run: String,
+    /// `done`, `rolled_back`, `returned` or `needs_human`; `refused` if nothing was changed.
+    pub result: String,
+    /// Exit code.
+    pub code: i32,
+    /// What it wrote, for people.
+    pub said: String,
+}
+
+/// Makes certificates for all agents and one operator, and the files of agents, group and context.
+pub async fn prepare(world: &World) -> Result<()> {
+    let pki = world.root.join("pki");
+    if !pki.join("ca.pem").exists() {
+        let dir = pki.to_string_lossy().into_owned();
+        switch(world, &["cert", "init", "--dir", &dir, "--name", &format!("lab-{}", world.name)]).await?;
+        for site in SITES {
+            let ip = world.ip(&site);
+            switch(
+                world,
+                &["cert", "issue", "--dir", &dir, "--role", "agent", "--name", site.name, "--ip", &ip],
+            )
+            .await?;
+        }
+        switch(world, &["cert", "issue", "--dir", &dir, "--role", "operator", "--name", "lab"]).await?;
+    }
+    for site in SITES {
+        let tls = world.dir(&site).join("tls");
+        copy(world, &pki.join("ca.pem"), &tls.join("ca.pem"), 0o644)?;
+        copy(world, &pki.join(format!("agent-{site}.pem")), &tls.join("agent.pem"), 0o644)?;
+        copy(world, &pki.join(format!("agent-{site}.key")), &tls.join("agent.key"), 0o600)?;
+    }
+    parts::write_files(world)?;
+    world.write(&context_file(world), &context(world), 0o644)
+}
+
+fn copy(world: &World, from: &std::path::Path, to: &std::path::Path, mode: u32) -> Result<()> {
+    let text = std::fs::read_to_string(from).with_context(|| format!("read {}", from.display()))?;
+    world.write(to, &text, mode)
+}
+
+fn context_file(world: &World) -> PathBuf {
+    world.root.join("context.toml")
+}
+
+fn context(world: &World) -> String {
+    let pki = world.root.join("pki");
+    let pki = pki.display();
+    let agents: Vec<String> =
+        SITES.iter().map(|s| format!("{s} = \"{}:{}\"", world.ip(s), port::AGENT_GRPC)).collect();
+    format!(
+        "current = \"lab\"\n\n[contexts.lab]\nenvironment = \"LAB {}\"\nca = \"{pki}/ca.pem\"\ncert = \"{pki}/operator-lab.pem\"\n\
+         key = \"{pki}/operator-lab.key\"\n\n[contexts.lab.agents]\n{}\n",
+        world.name,
+        agents.join("\n"),
+    )
+}
+
+/// Starts the agents and waits until each is ready.
+pub async fn start(world: &World, sabotage: Option<&str>) -> Result<()> {
+    let agent = world.bin("dc-agent")?;
+    world.bin("dc-guardian")?;
+    for site in SITES {
+        let mut cmd = Command::new(&agent);
+        cmd.arg("--config").arg(world.dir(&site).join("agent.toml")).env("RUST_LOG", "info");
+        if let Some(what) = sabotage {
+            cmd.env("DC_SABOTAGE", what);
+        }
+        world.spawn(&name(site), &cmd)?;
+    }
+    for site in SITES {
+        ready(world, site).await?;
+    }
+    Ok(())
+}
+
+/// Name of a site's agent among the lab's processes.
+pub fn name(site: Site) -> String {
+    format!("{site}.agent")
+}
+
+async fn ready(world: &World, site: Site) -> Result<()> {
+    let url = format!("http://{}:{}/readyz", world.ip(&site), port::AGENT_HTTP);
+    let limit = Instant::now() + READY;
+    loop {
+        let answer = reqwest::get(&url).await;
+        let said = match &answer {
+            Ok(r) if r.status().is_success() => return Ok(()),
+            Ok(r) => format!("{}", r.status()),
+            Err(e) => format!("{e}"),
+        };
+        if !world.alive(&name(site)) {
+            bail!("agent of {site} ended, see {}", world.log(&name(site)).display());
+        }
+        if Instant::now() >= limit {
+            bail!(
+                "agent of {site} is not ready after {READY:?}: {said}; see {}",
+                world.log(&name(site)).display()
+            );
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Applies the group. The first site of its file serves from then on.
+pub async fn apply(world: &World) -> Result<()> {
+    let file = world.root.join("group.toml").to_string_lossy().into_owned();
+    switch(world, &["group", "apply", &file]).await.map(|_| ())
+}
+
+/// Stops the agents.
+pub async fn stop(world: &World) -> Result<()> {
+    let mut result = Ok(());
+    for site in SITES {
+        result = result.and(world.stop(&name(site), Duration::from_secs(20)).await);
+    }
+    result
+}
+
+fn command(world: &World, args: &[&str]) -> Result<Command> {
+    let mut cmd = Command::new(world.bin("dc-switch")?);
+    cmd.args(args).env("DC_SWITCH_CONFIG", context_file(world)).env("NO_COLOR", "1");
+    Ok(cmd)
+}
+
+/// Runs the command line to success and returns what it wrote.
+pub async fn switch(world: &World, args: &[&str]) -> Result<String> {
+    let out = world
+        .run(&mut command(world, args)?)
+        .await
+        .with_context(|| format!("dc-switch {}", args.join(" ")))?;
+    Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+/// The words to try in a lab that was left running.
+pub fn example(world: &World) -> String {
+    let file = context_file(world);
+    let bin = world.root.join("bin/dc-switch");
+    format!("DC_SWITCH_CONFIG={} {} status", file.display(), bin.display())
+}
+
+/// Moves the group and waits for the run's end.
+pub async fn switchover(world: &World, to: Site) -> Result<Moved> {
+    let mut cmd =
+        command(world, &["switchover", GROUP, "--to", to.name, "--confirm", to.name, "--output", "json"])?;
+    world.prepare(&mut cmd);
+    cmd.stdin(std::process::Stdio::null()).kill_on_drop(true);
+    let out = tokio::time::timeout(MOVE, cmd.output())
+        .await
+        .with_context(|| format!("no end of the move after {MOVE:?}"))??;
+    let code = out.status.code().unwrap_or(-1);
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let body: Value = text
+        .lines()
+        .rev()
+        .find_map(|l| serde_json::from_str(l).ok())
+        .or_else(|| serde_json::from_str(&text).ok())
+        .unwrap_or_default();
+    let result = match code {
+        0 => "done",
+        5 => "refused",
+        6 => "rolled_back",
+        _ => "needs_human",
+    };
+    let told = body["result"].as_str().unwrap_or(result);
+    Ok(Moved { run: find_run(&body), result: told.to_string(), code, said: format!("{said}{text}") })
+}
+
+fn find_run(body: &Value) -> String {
+    let run = body["run"].as_str().or_else(|| body["run"]["id"].as_str()).or_else(|| body["id"].as_str());
+    run.unwrap_or_default().to_string()
+}
+
+/// The steps of a run, as the product tells them.
+pub async fn steps(world: &World, run: &str) -> Result<Vec<Value>> {
+    let text = switch(world, &["run", "show", run, "--output", "json"]).await?;
+    let body: Value = serde_json::from_str(&text).context("read the run's steps")?;
+    Ok(body["steps"].as_array().cloned().unwrap_or_default())
+}
+
+/// Publishes a folder of DAGs as the group's newest release.
+pub async fn publish(world: &World, dir: &std::path::Path) -> Result<String> {
+    switch(world, &["dags", "publish", &dir.to_string_lossy()]).await
+}
+
+/// Peak resident memory of our own processes at a site, in MiB.
+pub fn memory(world: &World, site: Site) -> std::collections::BTreeMap<String, u64> {
+    let mut found = std::collections::BTreeMap::new();
+    if let Some(kib) = world.pid(&name(site)).and_then(|pid| process::rss_kib(pid, true)) {
+        found.insert("dc-agent".to_string(), kib.div_ceil(1024));
+    }
+    let dir = world.dir(&site).display().to_string();
+    let guardians = process::living(&world.root, world.owner)
+        .into_iter()
+        .filter(|l| l.contains("dc-guardian") && l.contains(&dir));
+    let pids = guardians.filter_map(|l| l.split(' ').next()?.parse().ok());
+    if let Some(kib) = pids.filter_map(|pid| process::rss_kib(pid, true)).max() {
+        found.insert("dc-guardian".to_string(), kib.div_ceil(1024));
+    }
+    found
+}

@@ -1,0 +1,340 @@
+//! One run of the lab: parts, agents, load, moves, judgement, report, and everything ended again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::history::now_ns;
+use crate::judge::{Judge, least, least_runs};
+use crate::load::{Load, Shared};
+use crate::oracle::{self, Reason, Verdict, Window};
+use crate::report::{Move, Report, Settings};
+use crate::world::{FRA, Plane, ROME, SITES, Site, World};
+use crate::{agents, parts, prereq, process};
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// Name of the lab.
+    pub name: String,
+    /// Planes that take part.
+    pub planes: BTreeSet<Plane>,
+    /// How many moves, rome to fra first.
+    pub moves: usize,
+    /// Delay of replication each way.
+    pub delay: Duration,
+    /// Where to write the report.
+    pub report: Option<PathBuf>,
+    /// Leave everything running at the end.
+    pub keep: bool,
+    /// What the agents are told to do wrong.
+    pub sabotage: Option<String>,
+    /// Seconds that the caller spent on building.
+    pub build_s: Option<f64>,
+}
+
+/// Runs the lab. Whatever happens, nothing of it is left running unless asked for.
+///
+/// Errors: it could not be carried out; what was judged until then is lost, the files stay.
+pub async fn run(order: &Order) -> Result<Verdict> {
+    prereq::check(order.planes.len() == Plane::ALL.len())?;
+    let world = fresh(order).await?;
+    let judged = tokio::select! {
+        judged = drive(&world, order) => judged,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+    };
+    if !matches!(&judged, Ok(report) if report.verdict == Verdict::Pass) {
+        tell_logs(&world);
+    }
+    let verdict = judged.and_then(|report| publish(&report, order));
+    if order.keep {
+        tell_kept(&world);
+        return verdict;
+    }
+    let ended = end(&world, matches!(verdict, Ok(Verdict::Pass))).await;
+    let verdict = verdict?;
+    ended?;
+    Ok(verdict)
+}
+
+/// An empty lab of that name. One that is running is not touched.
+async fn fresh(order: &Order) -> Result<World> {
+    if let Ok(old) = World::load(&order.name) {
+        if old.alive("keeper") {
+            bail!(
+                "lab {} is running: end it with `down --name {}`, or take another --name",
+                order.name,
+                order.name
+            );
+        }
+        old.sweep().await;
+        std::fs::remove_dir_all(&old.root).with_context(|| format!("remove {}", old.root.display()))?;
+    }
+    let world = World::create(&order.name, order.planes.clone(), order.delay).await?;
+    let n = world.number;
+    eprintln!(
+        "lab {} (number {n}): rome 127.{n}.1.1, fra 127.{n}.2.1, oslo 127.{n}.3.1; files in {}",
+        world.name,
+        world.root.display()
+    );
+    Ok(world)
+}
+
+async fn drive(world: &World, order: &Order) -> Result<Report> {
+    let mut wall = BTreeMap::new();
+    wall.extend(order.build_s.map(|s| ("build", s)));
+    timed("installing what is missing", &mut wall, "install", parts::install(world)).await?;
+    timed("starting the parts of both sites", &mut wall, "start", async {
+        parts::start(world).await?;
+        agents::prepare(world).await?;
+        agents::start(world, order.sabotage.as_deref()).await?;
+        eprintln!("  three agents are ready");
+        agents::apply(world).await
+    })
+    .await?;
+    let load = Load::start(world, ROME).await?;
+    let moved = timed("moving", &mut wall, "moves", moves(&load.shared, order)).await;
+    let rss_mib = SITES.iter().map(|s| (s.to_string(), agents::memory(world, *s))).collect();
+    load.stop().await;
+    let (moves, mut reasons) = moved?;
+    reasons.sort_by(|a, b| b.verdict.cmp(&a.verdict));
+    Ok(Report {
+        schema: "dc-lab/report/v1",
+        verdict: oracle::verdict(&reasons),
+        reasons,
+        partial: order.planes.len() < Plane::ALL.len(),
+        settings: settings(order),
+        parts: parts::versions(world),
+        moves,
+        rss_mib,
+        wall_s: wall,
+    })
+}
+
+async fn timed<T>(
+    what: &str,
+    wall: &mut BTreeMap<&'static str, f64>,
+    key: &'static str,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    eprintln!("{what}");
+    let begun = Instant::now();
+    let done = work.await.with_context(|| what.to_string());
+    wall.insert(key, begun.elapsed().as_secs_f64());
+    done
+}
+
+fn settings(order: &Order) -> Settings {
+    let load = [
+        (Plane::Postgres, "8 committing clients at each site, about 300 commits a second"),
+        (
+            Plane::Kafka,
+            "4 idempotent producers at each site, about 300 records a second; groups billing and audit",
+        ),
+        (Plane::S3, "4 writers at each site, about 30 objects a second"),
+        (Plane::Airflow, "a run every 2 s"),
+    ];
+    Settings {
+        profile: "wan",
+        sabotage: order.sabotage.clone(),
+        delay_ms: u64::try_from(order.delay.as_millis()).unwrap_or(u64::MAX),
+        timing: order.delay.is_zero(),
+        load: load
+            .into_iter()
+            .filter(|(p, _)| order.planes.contains(p))
+            .map(|(p, t)| (p.name(), t))
+            .collect(),
+    }
+}
+
+async fn moves(shared: &Shared, order: &Order) -> Result<(Vec<Move>, Vec<Reason>)> {
+    let (mut rows, mut reasons) = (Vec::new(), Vec::new());
+    let mut judge = Judge::default();
+    let (mut active, mut from) = (ROME, now_ns());
+    for number in 1..=order.moves {
+        let wanted = if active == ROME { FRA } else { ROME };
+        eprintln!("  move {number}: {active} -> {wanted}, load is warming up");
+        warm(shared, active, from).await;
+        let (row, found, window) = one_move(shared, &mut judge, number, from, active, wanted).await?;
+        eprintln!("  move {number}: {} ({})", row.result, outages(&row));
+        found.iter().for_each(|r| eprintln!("    {r}"));
+        let broken = row.result != "done";
+        rows.push(row);
+        reasons.extend(found);
+        (active, from) = (window.target, window.to);
+        if broken {
+            break; // what the next move would meet is for a human to see
+        }
+    }
+    Ok((rows, reasons))
+}
+
+fn outages(row: &Move) -> String {
+    let shown: Vec<String> = row.outage_ms.iter().map(|(plane, ms)| format!("{plane} {ms:.0} ms")).collect();
+    shown.join(", ")
+}
+
+async fn one_move(
+    shared: &Shared,
+    judge: &mut Judge,
+    number: usize,
+    from: u64,
+    active: Site,
+    wanted: Site,
+) -> Result<(Move, Vec<Reason>, Window)> {
+    let world = &shared.world;
+    shared.moving.store(true, Ordering::Relaxed);
+    let asked = now_ns();
+    let moved = agents::switchover(world, wanted).await?;
+    let target = if moved.result == "done" { wanted } else { active };
+    settle(shared, target, asked).await;
+    shared.moving.store(false, Ordering::Relaxed);
+    shared.generation.fetch_add(1, Ordering::Relaxed);
+    let window = Window { number, from, asked, to: now_ns(), source: target.other(), target };
+    let mut row = Move {
+        from: active.to_string(),
+        to: wanted.to_string(),
+        run: moved.run.clone(),
+        result: moved.result.clone(),
+        ..Move::default()
+    };
+    let mut reasons = Vec::new();
+    if moved.result != "done" || moved.code != 0 {
+        let text =
+            format!("dc-switch ended with code {}: {}", moved.code, process::last_lines(&moved.said, 6));
+        reasons.push(Reason { verdict: Verdict::Fail, check: "not_done", plane: None, number, text });
+    }
+    if !moved.run.is_empty() {
+        row.steps = agents::steps(world, &moved.run).await?;
+    }
+    reasons.extend(judge.judge(shared, &window, &mut row).await?);
+    Ok((row, reasons, window))
+}
+
+/// Waits until every plane has been written enough at the active site, or a minute is over: then the oracle says so.
+async fn warm(shared: &Shared, active: Site, from: u64) {
+    let limit = Instant::now() + Duration::from_secs(60);
+    while Instant::now() < limit && !enough(shared, active, from, now_ns()) {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// Waits until every plane has been written enough at the new site, or a minute is over.
+async fn settle(shared: &Shared, target: Site, asked: u64) {
+    let limit = Instant::now() + Duration::from_secs(60);
+    while Instant::now() < limit && !enough(shared, target, asked, now_ns()) {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+fn enough(shared: &Shared, site: Site, from: u64, to: u64) -> bool {
+    let writes = least(shared.world.delay);
+    let runs = least_runs(shared.world.delay).runs;
+    let of = |plane: &Plane| match plane {
+        Plane::Airflow => {
+            let ended = |m: &oracle::marks::Mark| {
+                m.site == site && m.phase == oracle::marks::Phase::End && m.at > from && m.at <= to
+            };
+            crate::load::airflow::marks(&shared.world).iter().filter(|m| ended(m)).count() >= runs
+        }
+        plane => {
+            let groups = *plane != Plane::Kafka || shared.groups.committed(site, from);
+            groups
+                && shared
+                    .history(*plane)
+                    .is_ok_and(|h| h.acked(site, from) >= writes.after.max(writes.before))
+        }
+    };
+    shared.world.planes.iter().all(of)
+}
+
+/// Runs the load without agents or moves for some seconds and judges what applies: nothing lost, nothing twice, the
+/// founding direction carries.
+pub async fn still(world: &World, seconds: u64) -> Result<Verdict> {
+    let load = Load::start(world, ROME).await?;
+    let from = now_ns();
+    tokio::time::sleep(Duration::from_secs(seconds)).await;
+    let window = Window { number: 0, from, asked: from, to: now_ns(), source: FRA, target: ROME };
+    let mut row = Move { from: "-".into(), to: ROME.to_string(), result: "still".into(), ..Move::default() };
+    let reasons = Judge::default().judge(&load.shared, &window, &mut row).await;
+    load.stop().await;
+    let report = Report {
+        schema: "dc-lab/report/v1",
+        verdict: Verdict::Pass,
+        reasons: reasons?,
+        partial: true,
+        settings: Settings {
+            profile: "none",
+            sabotage: None,
+            delay_ms: 0,
+            timing: true,
+            load: BTreeMap::new(),
+        },
+        parts: parts::versions(world),
+        moves: vec![row],
+        rss_mib: BTreeMap::new(),
+        wall_s: BTreeMap::new(),
+    };
+    let failed: Vec<Reason> = report.reasons.iter().filter(|r| r.verdict == Verdict::Fail).cloned().collect();
+    eprint!("{}", report.text());
+    Ok(oracle::verdict(&failed))
+}
+
+fn publish(report: &Report, order: &Order) -> Result<Verdict> {
+    print!("{}", report.text());
+    if let Some(path) = &order.report {
+        std::fs::write(path, serde_json::to_string_pretty(report)?)
+            .with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(report.verdict)
+}
+
+/// Ends all processes of a lab, and removes its files if asked to.
+pub async fn end(world: &World, purge: bool) -> Result<()> {
+    let agents = agents::stop(world).await;
+    let parts = parts::stop(world).await;
+    for name in process::names(world).into_iter().filter(|n| n != "keeper") {
+        world.stop(&name, Duration::from_secs(10)).await?;
+    }
+    world.stop("keeper", Duration::from_secs(2)).await?;
+    for line in world.sweep().await {
+        eprintln!("  ended a process that was left: {line}");
+    }
+    if purge {
+        std::fs::remove_dir_all(&world.root).with_context(|| format!("remove {}", world.root.display()))?;
+    }
+    agents.and(parts)
+}
+
+/// On failure: where the logs are, and the last lines of those that matter most.
+fn tell_logs(world: &World) {
+    let Ok(dir) = std::fs::read_dir(world.root.join("log")) else { return };
+    let mut logs: Vec<PathBuf> = dir.filter_map(|e| Some(e.ok()?.path())).collect();
+    logs.sort();
+    eprintln!("logs:");
+    for log in logs {
+        eprintln!("  {}", log.display());
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        let bad = |l: &&str| ["ERROR", "FATAL", "PANIC", "panicked"].iter().any(|w| l.contains(w));
+        let shown: Vec<&str> = if log.to_string_lossy().contains(".agent.") {
+            text.lines().collect()
+        } else {
+            text.lines().filter(bad).collect()
+        };
+        for line in shown.iter().rev().take(5).rev() {
+            eprintln!("      {}", line.chars().take(300).collect::<String>());
+        }
+    }
+}
+
+fn tell_kept(world: &World) {
+    println!(
+        "the lab is still running; try\n  {}\nand end it with\n  {} down --name {} --purge",
+        agents::example(world),
+        world.root.join("bin/dc-lab").display(),
+        world.name
+    );
+}
