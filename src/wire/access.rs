@@ -56,8 +56,7 @@ pub const METHODS: &[Row] = &[
     row("/dcswitch.v1.Control/GroupApply", NO, YES, NO),
     row("/dcswitch.v1.Control/GroupShow", YES, YES, YES),
     row("/dcswitch.v1.Control/GroupDiff", NO, YES, YES),
-    row("/dcswitch.v1.Control/DagsPrepare", NO, YES, NO),
-    row("/dcswitch.v1.Control/DagsCommit", NO, YES, NO),
+    row("/dcswitch.v1.Control/DagsPublish", NO, YES, NO),
 ];
 
 /// Whether a role may call a method.
@@ -157,7 +156,7 @@ mod tests {
     }
 
     fn orders(path: &str) -> bool {
-        ["Switchover", "RunAbort", "RunRetry", "RunReturn", "GroupApply", "DagsPrepare", "DagsCommit"]
+        ["Switchover", "RunAbort", "RunRetry", "RunReturn", "GroupApply", "DagsPublish"]
             .iter()
             .any(|word| path.ends_with(word))
     }

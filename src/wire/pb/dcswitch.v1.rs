@@ -1467,13 +1467,10 @@ pub struct SwitchoverRequest {
     /// The plan that was shown; empty to plan now.
     #[prost(string, tag = "3")]
     pub plan: ::prost::alloc::string::String,
-    /// The same id repeated attaches to the run it started.
     #[prost(string, tag = "4")]
-    pub request: ::prost::alloc::string::String,
-    #[prost(string, tag = "5")]
     pub reason: ::prost::alloc::string::String,
     /// Name of the target, typed by who orders it.
-    #[prost(string, tag = "6")]
+    #[prost(string, tag = "5")]
     pub confirm: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1496,8 +1493,6 @@ pub struct RunOrder {
     pub run: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub reason: ::prost::alloc::string::String,
-    #[prost(string, tag = "3")]
-    pub confirm: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GroupApplyRequest {
@@ -1508,8 +1503,6 @@ pub struct GroupApplyRequest {
     pub file: ::prost::alloc::string::String,
     #[prost(bool, tag = "3")]
     pub dry_run: bool,
-    #[prost(string, tag = "4")]
-    pub reason: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GroupRequest {
@@ -1523,15 +1516,43 @@ pub struct GroupDiffRequest {
     #[prost(string, tag = "2")]
     pub file: ::prost::alloc::string::String,
 }
+/// First the head, then each file with its pieces behind it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct DagsRequest {
+pub struct DagsChunk {
+    #[prost(oneof = "dags_chunk::Part", tags = "1, 2, 3")]
+    pub part: ::core::option::Option<dags_chunk::Part>,
+}
+/// Nested message and enum types in `DagsChunk`.
+pub mod dags_chunk {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Part {
+        #[prost(message, tag = "1")]
+        Head(super::DagsHead),
+        #[prost(message, tag = "2")]
+        File(super::DagsFile),
+        /// The next bytes of the file named last; at most 1 MiB.
+        #[prost(bytes, tag = "3")]
+        Piece(::prost::alloc::vec::Vec<u8>),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DagsHead {
     #[prost(string, tag = "1")]
     pub group: ::prost::alloc::string::String,
-    /// JSON of the release's manifest.
-    #[prost(bytes = "vec", tag = "2")]
-    pub manifest_json: ::prost::alloc::vec::Vec<u8>,
-    #[prost(string, tag = "3")]
+    #[prost(string, tag = "2")]
     pub reason: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DagsFile {
+    /// Relative, with slashes.
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+    /// Permission bits.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+    /// Bytes that its pieces bring in all.
+    #[prost(uint64, tag = "3")]
+    pub size: u64,
 }
 /// Generated client implementations.
 pub mod control_client {
@@ -1544,8 +1565,8 @@ pub mod control_client {
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
-    /// For operators and viewers. Any agent answers; what only the leader can do is answered
-    /// with a fault of kind `not_leader` that names it. Bodies are JSON of core's view types.
+    /// For operators and viewers. Any agent answers; what another site must be asked for is
+    /// answered with a fault of kind `not_leader` that names it. Bodies are JSON of core's views.
     #[derive(Debug, Clone)]
     pub struct ControlClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -1879,10 +1900,10 @@ pub mod control_client {
                 .insert(GrpcMethod::new("dcswitch.v1.Control", "GroupDiff"));
             self.inner.unary(req, path, codec).await
         }
-        /// Which blobs of a DAG release the site lacks, and where to put them.
-        pub async fn dags_prepare(
+        /// A tree of DAGs becomes the group's newest release. Only at the holder.
+        pub async fn dags_publish(
             &mut self,
-            request: impl tonic::IntoRequest<super::DagsRequest>,
+            request: impl tonic::IntoStreamingRequest<Message = super::DagsChunk>,
         ) -> std::result::Result<tonic::Response<super::Report>, tonic::Status> {
             self.inner
                 .ready()
@@ -1894,34 +1915,12 @@ pub mod control_client {
                 })?;
             let codec = tonic_prost::ProstCodec::default();
             let path = http::uri::PathAndQuery::from_static(
-                "/dcswitch.v1.Control/DagsPrepare",
+                "/dcswitch.v1.Control/DagsPublish",
             );
-            let mut req = request.into_request();
+            let mut req = request.into_streaming_request();
             req.extensions_mut()
-                .insert(GrpcMethod::new("dcswitch.v1.Control", "DagsPrepare"));
-            self.inner.unary(req, path, codec).await
-        }
-        /// Makes the uploaded release the group's newest.
-        pub async fn dags_commit(
-            &mut self,
-            request: impl tonic::IntoRequest<super::DagsRequest>,
-        ) -> std::result::Result<tonic::Response<super::Report>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/dcswitch.v1.Control/DagsCommit",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("dcswitch.v1.Control", "DagsCommit"));
-            self.inner.unary(req, path, codec).await
+                .insert(GrpcMethod::new("dcswitch.v1.Control", "DagsPublish"));
+            self.inner.client_streaming(req, path, codec).await
         }
     }
 }
@@ -1993,19 +1992,14 @@ pub mod control_server {
             &self,
             request: tonic::Request<super::GroupDiffRequest>,
         ) -> std::result::Result<tonic::Response<super::Report>, tonic::Status>;
-        /// Which blobs of a DAG release the site lacks, and where to put them.
-        async fn dags_prepare(
+        /// A tree of DAGs becomes the group's newest release. Only at the holder.
+        async fn dags_publish(
             &self,
-            request: tonic::Request<super::DagsRequest>,
-        ) -> std::result::Result<tonic::Response<super::Report>, tonic::Status>;
-        /// Makes the uploaded release the group's newest.
-        async fn dags_commit(
-            &self,
-            request: tonic::Request<super::DagsRequest>,
+            request: tonic::Request<tonic::Streaming<super::DagsChunk>>,
         ) -> std::result::Result<tonic::Response<super::Report>, tonic::Status>;
     }
-    /// For operators and viewers. Any agent answers; what only the leader can do is answered
-    /// with a fault of kind `not_leader` that names it. Bodies are JSON of core's view types.
+    /// For operators and viewers. Any agent answers; what another site must be asked for is
+    /// answered with a fault of kind `not_leader` that names it. Bodies are JSON of core's views.
     #[derive(Debug)]
     pub struct ControlServer<T> {
         inner: Arc<T>,
@@ -2605,11 +2599,13 @@ pub mod control_server {
                     };
                     Box::pin(fut)
                 }
-                "/dcswitch.v1.Control/DagsPrepare" => {
+                "/dcswitch.v1.Control/DagsPublish" => {
                     #[allow(non_camel_case_types)]
-                    struct DagsPrepareSvc<T: Control>(pub Arc<T>);
-                    impl<T: Control> tonic::server::UnaryService<super::DagsRequest>
-                    for DagsPrepareSvc<T> {
+                    struct DagsPublishSvc<T: Control>(pub Arc<T>);
+                    impl<
+                        T: Control,
+                    > tonic::server::ClientStreamingService<super::DagsChunk>
+                    for DagsPublishSvc<T> {
                         type Response = super::Report;
                         type Future = BoxFuture<
                             tonic::Response<Self::Response>,
@@ -2617,11 +2613,11 @@ pub mod control_server {
                         >;
                         fn call(
                             &mut self,
-                            request: tonic::Request<super::DagsRequest>,
+                            request: tonic::Request<tonic::Streaming<super::DagsChunk>>,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
                             let fut = async move {
-                                <T as Control>::dags_prepare(&inner, request).await
+                                <T as Control>::dags_publish(&inner, request).await
                             };
                             Box::pin(fut)
                         }
@@ -2632,7 +2628,7 @@ pub mod control_server {
                     let max_encoding_message_size = self.max_encoding_message_size;
                     let inner = self.inner.clone();
                     let fut = async move {
-                        let method = DagsPrepareSvc(inner);
+                        let method = DagsPublishSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
@@ -2643,50 +2639,7 @@ pub mod control_server {
                                 max_decoding_message_size,
                                 max_encoding_message_size,
                             );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/dcswitch.v1.Control/DagsCommit" => {
-                    #[allow(non_camel_case_types)]
-                    struct DagsCommitSvc<T: Control>(pub Arc<T>);
-                    impl<T: Control> tonic::server::UnaryService<super::DagsRequest>
-                    for DagsCommitSvc<T> {
-                        type Response = super::Report;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::DagsRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Control>::dags_commit(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = DagsCommitSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
+                        let res = grpc.client_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
