@@ -1,0 +1,1 @@
+//! The plane against the real servers of a lab.
