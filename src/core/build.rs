@@ -11,10 +11,9 @@ fn main() -> io::Result<()> {
     let mut table = String::from("&[\n");
     for page in pages {
         let path = page.path();
-        if let (Some("md"), Some(code)) = (
-            path.extension().and_then(|e| e.to_str()),
-            path.file_stem().and_then(|s| s.to_str()),
-        ) {
+        if let (Some("md"), Some(code)) =
+            (path.extension().and_then(|e| e.to_str()), path.file_stem().and_then(|s| s.to_str()))
+        {
             table.push_str(&format!("    ({code:?}, include_str!({:?})),\n", path.display().to_string()));
         }
     }

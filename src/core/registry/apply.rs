@@ -29,7 +29,7 @@ impl Registry {
                 *known = *renewal;
                 Answer::Done
             }
-            Entry::ApplyGroup { spec } => self.apply_group(&ctx, spec),
+            Entry::ApplyGroup { spec, over } => self.apply_group(&ctx, spec, *over),
             Entry::Start { run, group, to, plan_hash, reason } => {
                 self.start(&ctx, run, group, to, plan_hash, reason)
             }
@@ -41,12 +41,12 @@ impl Registry {
             Entry::Takeover { run, epoch, cut } => self.takeover(&ctx, run, *epoch, cut),
             Entry::Opened { run, epoch } => self.opened(&ctx, run, *epoch),
             Entry::Abort { run, why } => self.abort(&ctx, run, why),
-            Entry::Return { run } => self.turn(&ctx, run),
+            Entry::Return { run, epoch } => self.turn(&ctx, run, *epoch),
             Entry::Publish { group, parent, root, epoch } => self.publish(&ctx, group, *parent, root, *epoch),
         }
     }
 
-    fn apply_group(&mut self, ctx: &Ctx, spec: &GroupSpec) -> Answer {
+    fn apply_group(&mut self, ctx: &Ctx, spec: &GroupSpec, over: u64) -> Answer {
         let what = format!("group {} not applied", spec.name);
         if let Err(faults) = spec.check() {
             let why = faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
@@ -72,7 +72,9 @@ impl Registry {
         if known.spec == *spec {
             return Answer::Done;
         }
-        let forbidden = if let Some(run) = &known.run {
+        let forbidden = if known.spec_version != over {
+            Some(format!("it was compared with version {over}, and {} is applied", known.spec_version))
+        } else if let Some(run) = &known.run {
             Some(format!("run {run} holds the group"))
         } else if known.spec.sites != spec.sites {
             Some("sites cannot change by a file".to_owned())
@@ -303,13 +305,16 @@ impl Registry {
     }
 
     /// Turns a run round between its takeover and `Opened`; a return may itself be returned.
-    fn turn(&mut self, ctx: &Ctx, id: &RunId) -> Answer {
+    fn turn(&mut self, ctx: &Ctx, id: &RunId, left: Epoch) -> Answer {
         let Some((run, group)) = self.open(id) else { return unknown_run(id) };
         if run.taken.is_none() || group.opened {
             let why = if group.opened { "epoch is opened" } else { "its takeover is not committed" };
             let next = if group.opened { "dc-switch run show" } else { "dc-switch run abort" };
             let fail = Fail::refused(Code::NO_RETURN, format!("return of {id} refused"), why);
             return refuse(fail.next(format!("{next} {id}")));
+        }
+        if run.epoch != left {
+            return Answer::Stale;
         }
         run.direction = match run.direction {
             Direction::Forward => Direction::Return,

@@ -121,6 +121,9 @@ pub enum Entry {
     ApplyGroup {
         /// As written by its owner.
         spec: Box<GroupSpec>,
+        /// Version of the known spec that it was compared with; 0 for a group not known.
+        /// A file that comes late replaces no newer one.
+        over: u64,
     },
     /// A run begins.
     Start {
@@ -189,6 +192,9 @@ pub enum Entry {
     Return {
         /// Which run.
         run: RunId,
+        /// The epoch that is left. A return may be returned: without it, an entry that
+        /// arrives twice would turn the run round twice.
+        epoch: Epoch,
     },
     /// A DAG release gets its serial.
     Publish {
@@ -232,12 +238,16 @@ pub enum NotServing {
     /// A run fenced the plane here.
     #[error("run {0} fences it")]
     Fenced(RunId),
+    /// A run has yet to open it, in its own order.
+    #[error("run {0} has not opened it yet")]
+    Opening(RunId),
 }
 
 impl Registry {
     /// Whether the applied state lets a site serve a plane, lease aside.
     ///
-    /// Errors: which of the three conditions does not hold.
+    /// Errors: which of the conditions does not hold. What a run opens step by step is not
+    /// anticipated: tasks are treated by policy before a scheduler starts, for one.
     pub fn may_serve(&self, group: &GroupName, site: &SiteId, plane: PlaneKind) -> Result<Epoch, NotServing> {
         let group = self.groups.get(group).ok_or(NotServing::Unknown)?;
         if group.holder != *site {
@@ -246,8 +256,12 @@ impl Registry {
         if !group.opened {
             return Err(NotServing::NotOpened(group.epoch));
         }
-        match group.fences.iter().find(|f| f.plane == plane && f.site == *site) {
-            Some(fence) => Err(NotServing::Fenced(fence.run.clone())),
+        if let Some(fence) = group.fences.iter().find(|f| f.plane == plane && f.site == *site) {
+            return Err(NotServing::Fenced(fence.run.clone()));
+        }
+        let run = group.run.as_ref().and_then(|id| self.runs.get(id));
+        match run.filter(|run| run.opens_later(plane, site)) {
+            Some(run) => Err(NotServing::Opening(run.id.clone())),
             None => Ok(group.epoch),
         }
     }

@@ -15,7 +15,7 @@ pub(crate) use advance::{file, react};
 pub use undo::begin as begin_undo;
 
 use crate::act::{Act, ActName, Direction, Evidence, Finding, Outcome, QuorumAct};
-use crate::ids::{Epoch, GroupName, RunId, SiteId, Token};
+use crate::ids::{Epoch, GroupName, PlaneKind, RunId, SiteId, Token};
 use crate::plan::{Effect, PlannedStep, Stage, StepId};
 use crate::position::{Cut, Position};
 use crate::registry::Group;
@@ -210,6 +210,13 @@ impl Run {
     pub fn ready(&self, step: &Step) -> bool {
         step.status == Status::Waiting
             && step.plan.after.iter().all(|id| self.step(*id).is_none_or(Step::done))
+    }
+
+    /// Whether it took the group over and has a step left that lets writers in there.
+    pub fn opens_later(&self, plane: PlaneKind, site: &SiteId) -> bool {
+        let here = |s: &&Step| s.plan.act.plane() == Some(plane) && s.plan.site.as_ref() == Some(site);
+        self.taken.is_some()
+            && self.steps.iter().filter(here).any(|s| s.plan.effect == Effect::Opens && !s.done())
     }
 
     /// An entry of the quorum that the leader has to propose now.
