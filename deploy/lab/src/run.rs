@@ -261,10 +261,12 @@ pub async fn still(world: &World, seconds: u64) -> Result<Verdict> {
     let mut row = Move { from: "-".into(), to: ROME.to_string(), result: "still".into(), ..Move::default() };
     let reasons = Judge::default().judge(&load.shared, &window, &mut row).await;
     load.stop().await;
+    let mut reasons = reasons?;
+    reasons.retain(|r| r.verdict == Verdict::Fail); // without a move there is no evidence of one
     let report = Report {
         schema: "dc-lab/report/v1",
-        verdict: Verdict::Pass,
-        reasons: reasons?,
+        verdict: oracle::verdict(&reasons),
+        reasons,
         partial: true,
         settings: Settings {
             profile: "none",
@@ -278,9 +280,8 @@ pub async fn still(world: &World, seconds: u64) -> Result<Verdict> {
         rss_mib: BTreeMap::new(),
         wall_s: BTreeMap::new(),
     };
-    let failed: Vec<Reason> = report.reasons.iter().filter(|r| r.verdict == Verdict::Fail).cloned().collect();
     eprint!("{}", report.text());
-    Ok(oracle::verdict(&failed))
+    Ok(report.verdict)
 }
 
 fn publish(report: &Report, order: &Order) -> Result<Verdict> {

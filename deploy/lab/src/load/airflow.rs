@@ -121,7 +121,7 @@ pub fn run_name(id: (u16, u64)) -> String {
 
 async fn ask(shared: Arc<Shared>, history: Arc<History>, mut api: Api) {
     let writer = u16::from(api.site.index) * 100 + 1;
-    let mut seq = 0;
+    let mut seq = shared.base;
     while !shared.over() {
         seq += 1;
         let sent = now_ns();

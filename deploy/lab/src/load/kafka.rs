@@ -65,7 +65,7 @@ pub fn start(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) -> Result<()> {
 async fn write(shared: Arc<Shared>, history: Arc<History>, site: Site, writer: u16) {
     let topic = TOPICS[usize::from(writer) % TOPICS.len()];
     let slots = Arc::new(Semaphore::new(IN_FLIGHT));
-    let mut seq = 0;
+    let mut seq = shared.base;
     while !shared.over() {
         let generation = shared.generation.load(Ordering::Relaxed);
         let Ok(producer) = producer(&shared.world, site, true, 5_000) else {
@@ -140,7 +140,7 @@ fn told(e: &KafkaError) -> Outcome {
 /// While a move is asked for: one record per fresh client, because a client that asked too early remembers the refusal.
 async fn probe(shared: Arc<Shared>, history: Arc<History>, site: Site) {
     let writer = u16::from(site.index) * 100 + 90;
-    let mut seq = 0;
+    let mut seq = shared.base;
     while !shared.over() {
         if !shared.moving.load(Ordering::Relaxed) {
             shared.sleep(Duration::from_millis(100)).await;

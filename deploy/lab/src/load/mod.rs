@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::history::History;
+use crate::history::{History, wall_ns};
 use crate::world::{Plane, Site, World};
 
 /// How far back a sample of the backlog looks, in nanoseconds: older acknowledgements count as carried or lost.
@@ -38,6 +38,8 @@ pub struct Shared {
     pub moving: AtomicBool,
     /// Rises after each move: clients that must not outlive a move start anew.
     pub generation: AtomicU64,
+    /// Numbers of all writers begin above this: those of an earlier load are not met again.
+    pub base: u64,
     /// Ends everything.
     pub stop: CancellationToken,
 }
@@ -110,6 +112,7 @@ impl Load {
             backlog: Backlog::default(),
             moving: AtomicBool::new(false),
             generation: AtomicU64::new(0),
+            base: wall_ns() / 1_000_000_000 * 1_000_000,
             stop: CancellationToken::new(),
         });
         let mut tasks = JoinSet::new();

@@ -52,7 +52,7 @@ pub async fn start(shared: &Arc<Shared>, active: Site, tasks: &mut JoinSet<()>) 
 }
 
 async fn write(shared: Arc<Shared>, history: Arc<History>, site: Site, writer: u16) {
-    let mut seq = 0;
+    let mut seq = shared.base;
     let mut session: Option<Client> = None;
     while !shared.over() {
         seq += 1;

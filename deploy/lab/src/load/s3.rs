@@ -61,7 +61,7 @@ pub fn start(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) -> Result<()> {
 }
 
 fn key(id: Id) -> String {
-    format!("{PREFIX}w{}/{:08}.log", id.0, id.1)
+    format!("{PREFIX}w{}/{:016}.log", id.0, id.1)
 }
 
 fn id_of(key: &str) -> Option<Id> {
@@ -75,7 +75,7 @@ fn body(id: Id) -> String {
 }
 
 async fn write(shared: Arc<Shared>, history: Arc<History>, app: Client, site: Site, writer: u16) {
-    let mut seq = 0;
+    let mut seq = shared.base;
     while !shared.over() {
         seq += 1;
         let id = (writer, seq);
