@@ -173,9 +173,10 @@ pub struct OwnLease {
 }
 
 impl OwnLease {
-    /// Notes a renewal at the moment before it is sent.
+    /// Notes a renewal at the moment before it is sent. Sent again, it keeps its first
+    /// moment: nobody can tell which copy the voters counted from.
     pub fn sent(&mut self, renewal: Renewal, now: Time) {
-        self.sent.insert(renewal, now);
+        self.sent.entry(renewal).or_insert(now);
     }
 
     /// Counts a renewal that was applied *at this agent*: the deadline is its sending plus `hold`.
@@ -277,6 +278,15 @@ mod tests {
         lease.applied(renewal(1), &Profile::WAN);
         assert_eq!(lease.left(Time(4_000)), Some(5 * SECOND));
         assert_eq!(lease.left(Time(9_000)), None);
+    }
+
+    #[test]
+    fn a_renewal_sent_again_counts_from_its_first_sending() {
+        let mut lease = OwnLease::default();
+        lease.sent(renewal(1), Time(1_000));
+        lease.sent(renewal(1), Time(5_000));
+        lease.applied(renewal(1), &Profile::WAN);
+        assert_eq!(lease.left(Time(5_000)), Some(4 * SECOND));
     }
 
     #[test]

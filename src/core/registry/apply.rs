@@ -210,6 +210,9 @@ impl Registry {
         let trouble = Trouble { code: Code::NEEDS_HUMAN.as_str().into(), text: text.clone() };
         if run.taken.is_some() || run.aborting.is_some() {
             // The intent stays: the site does it when it is back, and nobody else can.
+            if run.attention.as_ref() == Some(&trouble) {
+                return Answer::Done; // said before
+            }
             run.attention = Some(trouble);
         } else {
             run::file(run, group, step, token, 0, Err(trouble), ctx.wall);
@@ -223,20 +226,7 @@ impl Registry {
 
     fn retry(&mut self, ctx: &Ctx, id: &RunId) -> Answer {
         let Some((run, _)) = self.open(id) else { return unknown_run(id) };
-        let mut again = 0;
-        for step in &mut run.steps {
-            let next = match step.status {
-                Status::Failed { attempt, .. } => {
-                    Status::Doing { token: ctx.at, attempt: attempt + 1, since: ctx.wall }
-                }
-                Status::UndoFailed { attempt, .. } => {
-                    Status::Undoing { token: ctx.at, attempt: attempt + 1, since: ctx.wall }
-                }
-                _ => continue,
-            };
-            step.status = next;
-            again += 1;
-        }
+        let again = run::again(run, ctx.at, ctx.wall);
         if again == 0 {
             return refuse(
                 Fail::refused(Code::NOTHING_TO_RETRY, format!("retry of {id} refused"), "no step has failed")
@@ -450,7 +440,12 @@ fn exhaust(run: &mut Run, id: StepId) {
 
 /// A human is needed only while something stands still.
 fn clear_attention(run: &mut Run) {
-    let stuck = |s: &Step| matches!(s.status, Status::Failed { .. } | Status::UndoFailed { .. });
+    let aborting = run.aborting.is_some();
+    let stuck = |s: &Step| match s.status {
+        Status::Failed { .. } => !aborting, // given up with the run
+        Status::UndoFailed { .. } => true,
+        _ => false,
+    };
     if !run.steps.iter().any(stuck) {
         run.attention = None;
     }

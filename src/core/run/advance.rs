@@ -3,7 +3,7 @@
 use super::{Ended, Run, RunResult, Status, Step, Trouble, undo};
 use crate::act::{ActName, Direction, Evidence, Finding, Outcome, QuorumAct};
 use crate::codes::Code;
-use crate::ids::Token;
+use crate::ids::{PlaneKind, Token};
 use crate::plan::{Effect, Stage};
 use crate::position::Timelines;
 use crate::registry::{FenceMark, Group};
@@ -20,7 +20,7 @@ pub fn advance(run: &mut Run, group: &mut Group, at: Token, wall: WallTime) {
         undo::advance(run, group, at, wall);
         return;
     }
-    match judge(run) {
+    match judge(run, group) {
         Verdict::Open => {}
         Verdict::Blocked(findings) => {
             run.findings = findings;
@@ -80,26 +80,48 @@ enum Verdict {
 
 /// Preflight answers are judged together, so that an operator sees all of them at once;
 /// the recheck's one by one, for by then the run has something to take back.
-fn judge(run: &Run) -> Verdict {
-    let first: Vec<&Step> = run.steps.iter().filter(|s| s.plan.stage == Stage::Preflight).collect();
-    let asked = first.iter().filter(|s| s.plan.site.is_some());
-    if asked.clone().all(|s| matches!(s.status, Status::Done { .. } | Status::Failed { .. })) {
-        let mut found: Vec<Finding> = asked.flat_map(|s| blockers(s)).collect();
-        found.extend(crate::plan::compare(run));
-        if found.iter().any(|f| f.blocking) {
-            return Verdict::Blocked(found);
-        }
+fn judge(run: &Run, group: &Group) -> Verdict {
+    if run.taken.is_some() {
+        return Verdict::Open; // from here on what is found is told, and the way back is a return
     }
-    let again = run.steps.iter().filter(|s| s.plan.stage != Stage::Preflight && run.taken.is_none());
-    let found: Vec<Finding> = again.filter(|s| s.done()).flat_map(blockers).filter(|f| f.blocking).collect();
-    match found.first() {
+    let later = |s: &&Step| s.plan.stage != Stage::Preflight;
+    if !run.steps.iter().filter(later).any(|s| s.status != Status::Waiting) {
+        return judge_preflight(run);
+    }
+    let mut found: Vec<Finding> =
+        run.steps.iter().filter(later).filter(|s| s.done()).flat_map(blockers).collect();
+    found.extend(crate::plan::compare(run));
+    found.retain(|f| f.blocking);
+    if let Some(one) = found.first() {
+        let text = found.iter().map(|f| format!("{} at {}: {}", f.code, f.site, f.text)).collect::<Vec<_>>();
+        return Verdict::Doubt(Trouble { code: one.code.clone(), text: text.join("; ") });
+    }
+    match unproved(run, group) {
         None => Verdict::Open,
-        Some(one) => {
-            let text =
-                found.iter().map(|f| format!("{} at {}: {}", f.code, f.site, f.text)).collect::<Vec<_>>();
-            Verdict::Doubt(Trouble { code: one.code.clone(), text: text.join("; ") })
-        }
+        Some(plane) => Verdict::Doubt(Trouble {
+            code: Code::ROLLED_BACK.as_str().into(),
+            text: format!("every step before the takeover is done, and none proved {plane}'s final position"),
+        }),
     }
+}
+
+fn judge_preflight(run: &Run) -> Verdict {
+    let asked = run.steps.iter().filter(|s| s.plan.stage == Stage::Preflight && s.plan.site.is_some());
+    if !asked.clone().all(|s| matches!(s.status, Status::Done { .. } | Status::Failed { .. })) {
+        return Verdict::Open;
+    }
+    let mut found: Vec<Finding> = asked.flat_map(blockers).collect();
+    found.extend(crate::plan::compare(run));
+    if found.iter().any(|f| f.blocking) { Verdict::Blocked(found) } else { Verdict::Open }
+}
+
+/// A plane that the cut lacks although its takeover is due: the run would wait for ever.
+fn unproved(run: &Run, group: &Group) -> Option<PlaneKind> {
+    if run.due() != Some(QuorumAct::Takeover) {
+        return None;
+    }
+    let cut = run.cut();
+    group.spec.planes().into_iter().find(|plane| !cut.covers(*plane))
 }
 
 /// What a step found, its own failure included.
@@ -179,7 +201,10 @@ fn own(group: &mut Group, run: &crate::ids::RunId, act: ActName, evidence: &Evid
         match outcome {
             Outcome::Timeline(number) => group.timeline_high = group.timeline_high.max(*number),
             Outcome::Mirror(name) => group.mirror = Some(name.clone()),
-            Outcome::Grants(grants) if group.grants.as_ref().is_none_or(|known| known.settled) => {
+            Outcome::Grants(grants)
+                if act == ActName::Kafka(KafkaAct::RecordGrants)
+                    && group.grants.as_ref().is_none_or(|known| known.settled) =>
+            {
                 group.grants =
                     Some(RecordedGrants { run: run.clone(), grants: grants.clone(), settled: false });
             }

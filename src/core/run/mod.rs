@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 pub use advance::advance;
 pub(crate) use advance::{file, react};
+pub(crate) use undo::again;
 pub use undo::begin as begin_undo;
 
 use crate::act::{Act, ActName, Direction, Evidence, Finding, Outcome, QuorumAct};
