@@ -846,22 +846,6 @@ pub mod act_reply {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct NotYet {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct ObserveRequest {
-    #[prost(string, tag = "1")]
-    pub group: ::prost::alloc::string::String,
-    /// Everything that can be read, instead of what is cheap enough for every second.
-    #[prost(bool, tag = "2")]
-    pub deep: bool,
-    #[prost(uint64, tag = "3")]
-    pub deadline_ms: u64,
-}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct ObserveReply {
-    /// JSON of the site's reading: a list with an entry per plane.
-    #[prost(bytes = "vec", tag = "1")]
-    pub facts_json: ::prost::alloc::vec::Vec<u8>,
-}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Digest {
     /// The site that speaks.
     #[prost(string, tag = "1")]
@@ -884,7 +868,7 @@ pub mod agent_client {
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
-    /// Site to site: the leader has acts done where they belong. Callers are agents only.
+    /// Site to site. Callers are agents only.
     #[derive(Debug, Clone)]
     pub struct AgentClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -965,47 +949,8 @@ pub mod agent_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Probes, acts if needed, verifies. Repeatable.
-        pub async fn perform(
-            &mut self,
-            request: impl tonic::IntoRequest<super::ActRequest>,
-        ) -> std::result::Result<tonic::Response<super::ActReply>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/dcswitch.v1.Agent/Perform",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut().insert(GrpcMethod::new("dcswitch.v1.Agent", "Perform"));
-            self.inner.unary(req, path, codec).await
-        }
-        /// Takes back what Perform of this act did. Repeatable.
-        pub async fn undo(
-            &mut self,
-            request: impl tonic::IntoRequest<super::ActRequest>,
-        ) -> std::result::Result<tonic::Response<super::ActReply>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static("/dcswitch.v1.Agent/Undo");
-            let mut req = request.into_request();
-            req.extensions_mut().insert(GrpcMethod::new("dcswitch.v1.Agent", "Undo"));
-            self.inner.unary(req, path, codec).await
-        }
-        /// Whether the work of an act stands. Changes nothing.
+        /// Looks at a plane for a plan: a preflight, which changes nothing. Acts are ordered by
+        /// the log alone.
         pub async fn probe(
             &mut self,
             request: impl tonic::IntoRequest<super::ActRequest>,
@@ -1022,27 +967,6 @@ pub mod agent_client {
             let path = http::uri::PathAndQuery::from_static("/dcswitch.v1.Agent/Probe");
             let mut req = request.into_request();
             req.extensions_mut().insert(GrpcMethod::new("dcswitch.v1.Agent", "Probe"));
-            self.inner.unary(req, path, codec).await
-        }
-        /// Reads the planes of a group at this site. Changes nothing.
-        pub async fn observe(
-            &mut self,
-            request: impl tonic::IntoRequest<super::ObserveRequest>,
-        ) -> std::result::Result<tonic::Response<super::ObserveReply>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/dcswitch.v1.Agent/Observe",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut().insert(GrpcMethod::new("dcswitch.v1.Agent", "Observe"));
             self.inner.unary(req, path, codec).await
         }
         /// Each side tells what it last saw, cheaply and often.
@@ -1082,33 +1006,19 @@ pub mod agent_server {
     /// Generated trait containing gRPC methods that should be implemented for use with AgentServer.
     #[async_trait]
     pub trait Agent: std::marker::Send + std::marker::Sync + 'static {
-        /// Probes, acts if needed, verifies. Repeatable.
-        async fn perform(
-            &self,
-            request: tonic::Request<super::ActRequest>,
-        ) -> std::result::Result<tonic::Response<super::ActReply>, tonic::Status>;
-        /// Takes back what Perform of this act did. Repeatable.
-        async fn undo(
-            &self,
-            request: tonic::Request<super::ActRequest>,
-        ) -> std::result::Result<tonic::Response<super::ActReply>, tonic::Status>;
-        /// Whether the work of an act stands. Changes nothing.
+        /// Looks at a plane for a plan: a preflight, which changes nothing. Acts are ordered by
+        /// the log alone.
         async fn probe(
             &self,
             request: tonic::Request<super::ActRequest>,
         ) -> std::result::Result<tonic::Response<super::ActReply>, tonic::Status>;
-        /// Reads the planes of a group at this site. Changes nothing.
-        async fn observe(
-            &self,
-            request: tonic::Request<super::ObserveRequest>,
-        ) -> std::result::Result<tonic::Response<super::ObserveReply>, tonic::Status>;
         /// Each side tells what it last saw, cheaply and often.
         async fn exchange(
             &self,
             request: tonic::Request<super::Digest>,
         ) -> std::result::Result<tonic::Response<super::Digest>, tonic::Status>;
     }
-    /// Site to site: the leader has acts done where they belong. Callers are agents only.
+    /// Site to site. Callers are agents only.
     #[derive(Debug)]
     pub struct AgentServer<T> {
         inner: Arc<T>,
@@ -1185,92 +1095,6 @@ pub mod agent_server {
         }
         fn call(&mut self, req: http::Request<B>) -> Self::Future {
             match req.uri().path() {
-                "/dcswitch.v1.Agent/Perform" => {
-                    #[allow(non_camel_case_types)]
-                    struct PerformSvc<T: Agent>(pub Arc<T>);
-                    impl<T: Agent> tonic::server::UnaryService<super::ActRequest>
-                    for PerformSvc<T> {
-                        type Response = super::ActReply;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::ActRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Agent>::perform(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = PerformSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/dcswitch.v1.Agent/Undo" => {
-                    #[allow(non_camel_case_types)]
-                    struct UndoSvc<T: Agent>(pub Arc<T>);
-                    impl<T: Agent> tonic::server::UnaryService<super::ActRequest>
-                    for UndoSvc<T> {
-                        type Response = super::ActReply;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::ActRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Agent>::undo(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = UndoSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
                 "/dcswitch.v1.Agent/Probe" => {
                     #[allow(non_camel_case_types)]
                     struct ProbeSvc<T: Agent>(pub Arc<T>);
@@ -1299,49 +1123,6 @@ pub mod agent_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ProbeSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/dcswitch.v1.Agent/Observe" => {
-                    #[allow(non_camel_case_types)]
-                    struct ObserveSvc<T: Agent>(pub Arc<T>);
-                    impl<T: Agent> tonic::server::UnaryService<super::ObserveRequest>
-                    for ObserveSvc<T> {
-                        type Response = super::ObserveReply;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::ObserveRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Agent>::observe(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = ObserveSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
