@@ -1,0 +1,196 @@
+//! What this site has to do now: a pure function of the applied state and its own lease.
+//!
+//! Shared by the running agent and the simulation, so that what is attacked there is
+//! what runs here.
+
+use std::time::Duration;
+
+use dc_core::act::{Act, ActName, AirflowAct, Direction, KafkaAct, Outcome, PostgresAct, S3Act};
+use dc_core::ids::{Epoch, GroupName, PlaneKind, RunId, SiteId, Token};
+use dc_core::plan::{Effect, StepId};
+use dc_core::registry::{Group, Registry};
+
+/// A committed intent that this site has to answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Intent {
+    /// Of which run.
+    pub run: RunId,
+    /// Which step.
+    pub step: StepId,
+    /// Of the intent.
+    pub token: Token,
+    /// Whether it takes the step back.
+    pub undo: bool,
+    /// Whether it lets writers in, and so needs the lease.
+    pub opens: bool,
+    /// The act with all that it is given.
+    pub act: Act,
+    /// How long one attempt may take.
+    pub limit: Duration,
+}
+
+/// Every intent of the applied state that is this site's.
+pub fn intents(registry: &Registry, me: &SiteId) -> Vec<Intent> {
+    let mut found = Vec::new();
+    for run in registry.open_runs() {
+        let Some(group) = registry.groups.get(&run.group) else { continue };
+        for step in run.steps.iter().filter(|s| s.plan.site.as_ref() == Some(me)) {
+            let Some((token, undo)) = step.intent() else { continue };
+            let Some(act) = run.act(step, group) else { continue };
+            found.push(Intent {
+                run: run.id.clone(),
+                step: step.plan.id,
+                token,
+                undo,
+                opens: undo != (step.plan.effect == Effect::Opens) && step.plan.effect != Effect::Neither,
+                act,
+                limit: step.plan.deadline(),
+            });
+        }
+    }
+    found
+}
+
+/// Whether an opening intent may be performed now: the lease runs and the group is this site's.
+pub fn may_open(registry: &Registry, intent: &Intent, me: &SiteId, lease: Option<Duration>) -> bool {
+    let Some(group) = registry.groups.get(&intent.act.group) else { return false };
+    let epoch =
+        registry.runs.get(&intent.run).map(|run| if intent.undo { run.epoch_before } else { run.epoch });
+    let opened = group.opened || intent.undo;
+    lease.is_some() && group.holder == *me && opened && Some(group.epoch) == epoch
+}
+
+/// What upkeep a plane needs between runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Upkeep {
+    /// Keep it a standby of the holder.
+    Stand,
+    /// Keep it serving, in this epoch.
+    Serve(Epoch),
+    /// Close it: the lease ends.
+    Close,
+    /// Leave it to the run that has it.
+    Leave,
+}
+
+/// What upkeep a plane of a group needs at this site.
+///
+/// `lease` is what is left; `closing` whether the lead before its end is reached.
+pub fn upkeep(
+    registry: &Registry,
+    name: &GroupName,
+    plane: PlaneKind,
+    me: &SiteId,
+    lease: Option<Duration>,
+    closing: bool,
+) -> Upkeep {
+    let Some(group) = registry.groups.get(name) else { return Upkeep::Leave };
+    if group.holder != *me {
+        // A standby of a group that moves right now is under the run's hands.
+        return if group.run.is_some() { Upkeep::Leave } else { Upkeep::Stand };
+    }
+    if closing || lease.is_none() {
+        return if fenced(registry, group, plane, me) { Upkeep::Leave } else { Upkeep::Close };
+    }
+    match registry.may_serve(name, me, plane) {
+        Ok(epoch) if group.run.as_ref().is_none_or(|_| untouched(registry, group, plane, me)) => {
+            Upkeep::Serve(epoch)
+        }
+        _ => Upkeep::Leave,
+    }
+}
+
+/// Whether a run's fence of this plane stands here and was proved: then nothing is left to close.
+fn fenced(registry: &Registry, group: &Group, plane: PlaneKind, me: &SiteId) -> bool {
+    group.fences.iter().filter(|f| f.plane == plane && f.site == *me).any(|fence| {
+        let step = registry.runs.get(&fence.run).and_then(|run| run.step(fence.step));
+        step.is_some_and(dc_core::run::Step::done)
+    })
+}
+
+/// Whether the open run has no intent under way on this plane here.
+fn untouched(registry: &Registry, group: &Group, plane: PlaneKind, me: &SiteId) -> bool {
+    let Some(run) = group.run.as_ref().and_then(|id| registry.runs.get(id)) else { return true };
+    !run.steps.iter().any(|s| {
+        s.plan.site.as_ref() == Some(me) && s.plan.act.plane() == Some(plane) && s.intent().is_some()
+    })
+}
+
+/// Upkeep as an act.
+pub fn upkeep_act(
+    group: &Group,
+    name: &GroupName,
+    plane: PlaneKind,
+    me: &SiteId,
+    upkeep: Upkeep,
+) -> Option<Act> {
+    let act = match upkeep {
+        Upkeep::Leave => return None,
+        Upkeep::Stand => match plane {
+            PlaneKind::Postgres => ActName::Postgres(PostgresAct::Stand),
+            PlaneKind::Kafka => ActName::Kafka(KafkaAct::Stand),
+            PlaneKind::S3 => ActName::S3(S3Act::Stand),
+            PlaneKind::Airflow => ActName::Airflow(AirflowAct::Stand),
+        },
+        Upkeep::Serve(_) => match plane {
+            PlaneKind::Postgres => ActName::Postgres(PostgresAct::Serve),
+            PlaneKind::Kafka => ActName::Kafka(KafkaAct::Serve),
+            PlaneKind::S3 => ActName::S3(S3Act::Serve),
+            PlaneKind::Airflow => ActName::Airflow(AirflowAct::Serve),
+        },
+        Upkeep::Close => match plane {
+            PlaneKind::Postgres => ActName::Postgres(PostgresAct::SelfClose),
+            PlaneKind::Kafka => ActName::Kafka(KafkaAct::SelfClose),
+            PlaneKind::S3 => ActName::S3(S3Act::SelfClose),
+            PlaneKind::Airflow => ActName::Airflow(AirflowAct::SelfClose),
+        },
+    };
+    let mut given = Vec::new();
+    given.extend(group.mirror.clone().map(Outcome::Mirror));
+    given.extend(group.release.clone().map(Outcome::Release));
+    given.extend(group.grants.as_ref().map(|g| Outcome::Grants(g.grants.clone())));
+    let standby = group.spec.other(&group.holder).cloned().unwrap_or_else(|| group.holder.clone());
+    Some(Act {
+        name: act,
+        site: me.clone(),
+        group: name.clone(),
+        run: None,
+        source: group.holder.clone(),
+        target: standby,
+        epoch: group.epoch,
+        direction: Direction::Forward,
+        given,
+    })
+}
+
+/// The preflight of a plane outside any run: what a plan shows before anything is begun.
+pub fn preflight_act(
+    registry: &Registry,
+    group: &GroupName,
+    to: &SiteId,
+    site: &SiteId,
+    plane: PlaneKind,
+) -> Option<Act> {
+    let known = registry.groups.get(group)?;
+    let mut act = upkeep_act(known, group, plane, site, Upkeep::Stand)?;
+    act.name = match plane {
+        PlaneKind::Postgres => ActName::Postgres(PostgresAct::Preflight),
+        PlaneKind::Kafka => ActName::Kafka(KafkaAct::Preflight),
+        PlaneKind::S3 => ActName::S3(S3Act::Preflight),
+        PlaneKind::Airflow => ActName::Airflow(AirflowAct::Preflight),
+    };
+    act.target = to.clone();
+    act.epoch = known.epoch.next();
+    Some(act)
+}
+
+/// Whether an act only reads, so that anyone may ask for it outside a run.
+pub fn only_reads(act: ActName) -> bool {
+    matches!(
+        act,
+        ActName::Postgres(PostgresAct::Preflight)
+            | ActName::Kafka(KafkaAct::Preflight)
+            | ActName::S3(S3Act::Preflight)
+            | ActName::Airflow(AirflowAct::Preflight)
+    )
+}
