@@ -1,0 +1,119 @@
+//! What this site must remember about its fences and half-done work, outside the data directory.
+//!
+//! A rewind and a base backup carry files of the data directory from site to site; a mark there would become the
+//! other site's. Marks are durable before what they announce is begun.
+
+use std::path::{Path, PathBuf};
+
+use dc_core::ids::{Epoch, RunId, Token};
+use dc_plane::PlaneError;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+
+use crate::conf;
+use crate::procs::Process;
+
+/// A fence that a run holds here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FenceMark {
+    /// Which run.
+    pub run: RunId,
+    /// The epoch that the run creates.
+    pub epoch: Epoch,
+    /// Log index of the intent that set it.
+    pub token: Token,
+}
+
+/// Replay delays of a standby as they were in the auto file before a run set them to 0; none for not set there.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(crate) struct Delays {
+    /// `max_standby_streaming_delay`.
+    pub streaming: Option<String>,
+    /// `max_standby_archive_delay`.
+    pub archive: Option<String>,
+}
+
+/// Everything remembered.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Marks {
+    /// The fence of a run, in force until its own undo, or until a later epoch opened or followed here.
+    pub fence: Option<FenceMark>,
+    /// Closed because the lease ended; a reopen may take it away.
+    pub self_closed: bool,
+    /// Replay delays to give back.
+    pub delays: Option<Delays>,
+    /// A rewind or base backup under way: this site's own configuration files are kept aside.
+    pub rebuilding: bool,
+    /// The tool that does it.
+    pub tool: Option<Process>,
+}
+
+/// The marks of one site, in memory and on disk.
+#[derive(Debug)]
+pub(crate) struct MarkStore {
+    path: PathBuf,
+    now: Mutex<Marks>,
+}
+
+impl MarkStore {
+    /// Reads the marks; a missing file means none.
+    ///
+    /// Errors: unreadable or not understood. Nobody may then guess that no fence stands.
+    pub fn open(dir: &Path) -> Result<Self, String> {
+        let path = dir.join("marks.json");
+        let now = match std::fs::read_to_string(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Marks::default(),
+            Err(e) => return Err(format!("{}: {e}", path.display())),
+            Ok(text) => serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?,
+        };
+        Ok(Self { path, now: Mutex::new(now) })
+    }
+
+    /// The marks as they stand.
+    pub async fn get(&self) -> Marks {
+        self.now.lock().await.clone()
+    }
+
+    /// Changes the marks and returns once the change is on disk. An unchanged value costs nothing.
+    pub async fn update(&self, change: impl FnOnce(&mut Marks) + Send) -> Result<(), PlaneError> {
+        let mut now = self.now.lock().await;
+        let mut next = now.clone();
+        change(&mut next);
+        if next == *now {
+            return Ok(());
+        }
+        let text = serde_json::to_vec_pretty(&next).map_err(|e| PlaneError::failed("write marks", &e))?;
+        let path = self.path.clone();
+        tokio::task::spawn_blocking(move || conf::replace(&path, &text, true))
+            .await
+            .map_err(|e| PlaneError::failed("write marks", &e))??;
+        *now = next;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_fence_is_remembered_by_the_next_process() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let store = MarkStore::open(dir.path()).map_err(anyhow::Error::msg)?;
+        assert_eq!(store.get().await, Marks::default());
+        let mark = FenceMark { run: RunId("01A".into()), epoch: Epoch::default(), token: Token(7) };
+        store.update(|m| m.fence = Some(mark.clone())).await?;
+        let again = MarkStore::open(dir.path()).map_err(anyhow::Error::msg)?;
+        assert_eq!(again.get().await.fence, Some(mark));
+        Ok(())
+    }
+
+    #[test]
+    fn damaged_marks_are_refused_and_not_taken_for_none() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        std::fs::write(dir.path().join("marks.json"), "{\"fen")?;
+        assert!(MarkStore::open(dir.path()).is_err());
+        Ok(())
+    }
+}
