@@ -14,6 +14,9 @@
 //! - S3: key `app` (`s3-app`) writes below the log prefix and is fenced; the root key `root` (`s3-root`) reads at both.
 //! - Airflow: user `admin` (`airflow-admin`); tasks append marks to `root/marks/marks.tsv`, one line each, tab separated:
 //!   unix seconds with fraction, site, dag, run, task, map index, try, release of the DAGs, `start` or `end`, pid.
+//!   DAGs are the files of `parts-data/airflow/dags`, all started by request only: `lab_rerun` (one task of about 3 s,
+//!   policy rerun), `lab_fail` and `lab_hold`. The lab publishes them again and again as DAG releases; before each it
+//!   writes the file `release.txt` with a rising number beside them, which the DAG files read and put into the marks.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
