@@ -149,6 +149,28 @@ pub enum ApplyChange {
     Same,
 }
 
+/// What a spec would change of the one that is applied.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiffView {
+    /// Which group.
+    pub group: GroupName,
+    /// Whether the group is known; if not, everything is new.
+    pub known: bool,
+    /// Each key that differs.
+    pub changes: Vec<KeyChange>,
+}
+
+/// A key of a spec that differs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyChange {
+    /// As in `policy.stop_limit`.
+    pub key: String,
+    /// As applied; none when it is not there.
+    pub is: Option<String>,
+    /// As in the file; none when it is not there.
+    pub becomes: Option<String>,
+}
+
 /// A run with what one can do about it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunView {
