@@ -15,8 +15,8 @@
 //! - Airflow: user `admin` (`airflow-admin`); tasks append marks to `root/marks/marks.tsv`, one line each, tab separated:
 //!   unix seconds with fraction, site, dag, run, task, map index, try, release of the DAGs, `start` or `end`, pid.
 //!   DAGs are the files of `parts-data/airflow/dags`, all started by request only: `lab_rerun` (one task of about 3 s,
-//!   policy rerun), `lab_fail` and `lab_hold`. The lab publishes them again and again as DAG releases; before each it
-//!   writes the file `release.txt` with a rising number beside them, which the DAG files read and put into the marks.
+//!   policy rerun), `lab_fail` and `lab_hold`. The lab publishes them again and again as DAG releases, each with another
+//!   `release.txt` beside them; marks carry the serial of the release that the code came from.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -116,9 +116,8 @@ pub fn agent_toml(world: &World, site: &Site) -> String {
         let _ = writeln!(text, "{peer} = \"{}:{}\"", world.ip(&peer), port::AGENT_GRPC);
     }
     if !DATA_SITES.contains(site) {
-        return text;
+        return text.replacen("profile = \"wan\"\n", "profile = \"wan\"\nwitness = true\n", 1);
     }
-    let _ = writeln!(text, "\n[guardian]\nsocket = \"{dir}/guardian.sock\"");
     for plane in &world.planes {
         text.push('\n');
         text.push_str(&match plane {
