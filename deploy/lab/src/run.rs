@@ -260,6 +260,10 @@ pub async fn still(world: &World, seconds: u64) -> Result<Verdict> {
     let window = Window { number: 0, from, asked: from, to: now_ns(), source: FRA, target: ROME };
     let mut row = Move { from: "-".into(), to: ROME.to_string(), result: "still".into(), ..Move::default() };
     let reasons = Judge::default().judge(&load.shared, &window, &mut row).await;
+    for plane in &world.planes {
+        let waiting = load.shared.backlog.before(*plane, ROME, window.to);
+        row.backlog_at_fence.extend(waiting.map(|n| (plane.name(), n)));
+    }
     load.stop().await;
     let mut reasons = reasons?;
     reasons.retain(|r| r.verdict == Verdict::Fail); // without a move there is no evidence of one
