@@ -86,8 +86,10 @@ pub fn upkeep(
 ) -> Upkeep {
     let Some(group) = registry.groups.get(name) else { return Upkeep::Leave };
     if group.holder != *me {
-        // A standby of a group that moves right now is under the run's hands.
-        return if group.run.is_some() { Upkeep::Leave } else { Upkeep::Stand };
+        // Until its takeover a run needs the target to keep up; afterwards the old site is in its hands.
+        let run = group.run.as_ref().and_then(|id| registry.runs.get(id));
+        let going = run.is_none_or(|run| run.taken.is_none() && run.aborting.is_none());
+        return if going && untouched(registry, group, plane, me) { Upkeep::Stand } else { Upkeep::Leave };
     }
     if closing || lease.is_none() {
         return if fenced(registry, group, plane, me) { Upkeep::Leave } else { Upkeep::Close };

@@ -220,7 +220,10 @@ impl Hands {
             self.drop_steps(place);
         }
         let task = tokio::spawn(self.clone().tend(place.clone(), wanted));
-        self.keeping.lock().insert(place.clone(), task.abort_handle());
+        if wanted != Upkeep::Close {
+            // An intent takes the plane from any upkeep but a closing.
+            self.keeping.lock().insert(place.clone(), task.abort_handle());
+        }
         if task.await.is_err_and(|e| e.is_panic()) {
             error!(group = %place.0, plane = %place.1, "upkeep panicked");
         }
