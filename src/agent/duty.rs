@@ -110,12 +110,14 @@ fn fenced(registry: &Registry, group: &Group, plane: PlaneKind, me: &SiteId) -> 
     })
 }
 
-/// Whether the open run has no intent under way on this plane here.
+/// Whether the open run has neither an intent under way nor a fence on this plane here.
 fn untouched(registry: &Registry, group: &Group, plane: PlaneKind, me: &SiteId) -> bool {
     let Some(run) = group.run.as_ref().and_then(|id| registry.runs.get(id)) else { return true };
-    !run.steps.iter().any(|s| {
-        s.plan.site.as_ref() == Some(me) && s.plan.act.plane() == Some(plane) && s.intent().is_some()
-    })
+    let fenced = group.fences.iter().any(|f| f.run == run.id && f.plane == plane && f.site == *me);
+    !fenced
+        && !run.steps.iter().any(|s| {
+            s.plan.site.as_ref() == Some(me) && s.plan.act.plane() == Some(plane) && s.intent().is_some()
+        })
 }
 
 /// Upkeep as an act.
