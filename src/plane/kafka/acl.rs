@@ -83,7 +83,8 @@ pub fn on_topic(user: &str, topic: &str, operation: &str) -> Grant {
 
 /// Whether a grant lets its principal do `operation` on that thing; ALL counts as every operation.
 pub fn covers(grant: &Grant, resource: &str, name: &str, operation: &str) -> bool {
-    let fits = if grant.prefixed { name.starts_with(&grant.name) } else { grant.name == name || grant.name == "*" };
+    let fits =
+        if grant.prefixed { name.starts_with(&grant.name) } else { grant.name == name || grant.name == "*" };
     fits && grant.resource == resource && (grant.operation == operation || grant.operation == "all")
 }
 
@@ -168,7 +169,8 @@ pub async fn take(cluster: &Cluster, grants: &[Grant], until: Deadline) -> Resul
     }
     let mut taken = 0;
     for (grant, result) in grants.iter().zip(&answer.filter_results) {
-        let wrong = result.matching_acls.iter().map(|m| m.error_code).chain([result.error_code]).find(|c| *c != 0);
+        let wrong =
+            result.matching_acls.iter().map(|m| m.error_code).chain([result.error_code]).find(|c| *c != 0);
         if let Some(wrong) = wrong {
             return Err(failed("take a grant", format!("{}: {}", show(grant), words(wrong))));
         }
@@ -185,7 +187,8 @@ pub async fn give(cluster: &Cluster, grants: &[Grant], until: Deadline) -> Resul
         return Ok(());
     }
     let made = grants.iter().map(creation).collect::<Result<_, _>>()?;
-    let answer = cluster.anywhere(Who::Agent, &CreateAclsRequest::default().with_creations(made), until).await?;
+    let answer =
+        cluster.anywhere(Who::Agent, &CreateAclsRequest::default().with_creations(made), until).await?;
     if answer.results.len() != grants.len() {
         return Err(failed("give grants", format!("{} answers", answer.results.len())));
     }

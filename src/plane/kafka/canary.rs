@@ -38,7 +38,9 @@ pub enum Verdict {
 
 fn verdict(code: i16) -> Verdict {
     match ResponseError::try_from_code(code) {
-        Some(ResponseError::TopicAuthorizationFailed | ResponseError::ClusterAuthorizationFailed) => Verdict::Denied,
+        Some(ResponseError::TopicAuthorizationFailed | ResponseError::ClusterAuthorizationFailed) => {
+            Verdict::Denied
+        }
         Some(ResponseError::CorruptMessage | ResponseError::InvalidRequiredAcks) => Verdict::Granted,
         _ => Verdict::Unclear(words(code)),
     }
@@ -63,13 +65,13 @@ fn batch(value: &str, spoiled: bool) -> Result<Bytes, PlaneError> {
     };
     let mut made = BytesMut::new();
     let options = RecordEncodeOptions { version: 2, compression: Compression::None };
-    RecordBatchEncoder::encode(&mut made, [&record], &options).map_err(|e| failed("make a batch", e.to_string()))?;
+    RecordBatchEncoder::encode(&mut made, [&record], &options)
+        .map_err(|e| failed("make a batch", e.to_string()))?;
     if spoiled {
         made[CHECKSUM] ^= 0xff;
     }
     Ok(made.freeze())
 }
-
 
 fn produce(tps: &[Tp], records: &Bytes, acks: i16) -> ProduceRequest {
     let topics = by_topic(tps).into_iter().map(|(topic, partitions)| {
@@ -119,11 +121,15 @@ pub async fn wait_for(
 ) -> Result<Seen, PlaneError> {
     let topics = BTreeSet::from([topic]);
     let leaders = map.by_leader(&topics)?;
-    let without: Vec<i32> = map.brokers.keys().filter(|broker| !leaders.contains_key(broker)).copied().collect();
+    let without: Vec<i32> =
+        map.brokers.keys().filter(|broker| !leaders.contains_key(broker)).copied().collect();
     if !without.is_empty() {
         return Err(failed(
             "prove by the canary",
-            format!("{topic} has no leader on broker {without:?} of {}; give it more partitions", cluster.site),
+            format!(
+                "{topic} has no leader on broker {without:?} of {}; give it more partitions",
+                cluster.site
+            ),
         ));
     }
     let mut tries = 0_u32;

@@ -11,8 +11,9 @@ use std::time::Duration;
 use dc_core::ids::SiteId;
 use dc_plane::{Deadline, PlaneError};
 use futures::future::try_join_all;
-use kafka_protocol::messages::MetadataRequest;
+use kafka_protocol::messages::describe_configs_request::DescribeConfigsResource;
 use kafka_protocol::messages::metadata_request::MetadataRequestTopic;
+use kafka_protocol::messages::{DescribeConfigsRequest, MetadataRequest};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -61,11 +62,6 @@ impl Map {
             found.entry(*leader).or_default().push(tp.clone());
         }
         Ok(found)
-    }
-
-    /// Every partition known.
-    pub fn partitions(&self) -> BTreeSet<Tp> {
-        self.leaders.keys().cloned().collect()
     }
 }
 
@@ -144,9 +140,10 @@ impl Cluster {
     ) -> Result<R::Answer, PlaneError> {
         let limit = until.0.min(Instant::now() + CALL_MAX);
         let wrong = |cause: &WireError| match cause {
-            WireError::Silent { what, waited } => {
-                PlaneError::TimedOut { what: format!("{what} at {} broker {address}", self.site), waited: *waited }
-            }
+            WireError::Silent { what, waited } => PlaneError::TimedOut {
+                what: format!("{what} at {} broker {address}", self.site),
+                waited: *waited,
+            },
             WireError::Io(_) | WireError::Login { .. } => {
                 PlaneError::unreachable(format!("{} broker {address}", self.site), cause)
             }
@@ -205,7 +202,12 @@ impl Cluster {
     /// Asks whichever broker answers first in line: those known, then those of the configuration.
     ///
     /// Errors: the last broker's, once none has answered.
-    pub async fn anywhere<R: Api>(&self, who: Who, request: &R, until: Deadline) -> Result<R::Answer, PlaneError> {
+    pub async fn anywhere<R: Api>(
+        &self,
+        who: Who,
+        request: &R,
+        until: Deadline,
+    ) -> Result<R::Answer, PlaneError> {
         let known = self.map.lock().clone();
         let mut line: Vec<String> = known.iter().flat_map(|map| map.brokers.values().cloned()).collect();
         line.extend(self.bootstrap.iter().filter(|one| !line.contains(one)).cloned().collect::<Vec<_>>());
@@ -213,7 +215,11 @@ impl Cluster {
         for address in line {
             match self.ask(&address, who, request, until).await {
                 Ok(answer) => return Ok(answer),
-                Err(e @ (PlaneError::Unreachable { .. } | PlaneError::TimedOut { .. })) if !until.passed() => last = e,
+                Err(e @ (PlaneError::Unreachable { .. } | PlaneError::TimedOut { .. }))
+                    if !until.passed() =>
+                {
+                    last = e
+                }
                 Err(e) => return Err(e),
             }
         }
@@ -222,9 +228,8 @@ impl Cluster {
 
     /// Reads brokers and leaders of the topics given; also what later calls find brokers by.
     pub async fn map(&self, topics: &BTreeSet<&str>, until: Deadline) -> Result<Arc<Map>, PlaneError> {
-        let named = topics.iter().map(|name| {
-            MetadataRequestTopic::default().with_name(Some(text(*name).into()))
-        });
+        let named =
+            topics.iter().map(|name| MetadataRequestTopic::default().with_name(Some(text(*name).into())));
         let ask = MetadataRequest::default()
             .with_topics(Some(named.collect()))
             .with_allow_auto_topic_creation(false);
@@ -270,4 +275,58 @@ pub fn by_topic(tps: &[Tp]) -> BTreeMap<&str, Vec<i32>> {
         found.entry(topic).or_default().push(*partition);
     }
     found
+}
+
+/// Settings of a topic that are compared between sites, and whether a difference forbids a move.
+pub const SETTINGS: [(&str, bool); 8] = [
+    ("cleanup.policy", true),
+    ("max.message.bytes", true),
+    ("message.timestamp.type", true),
+    ("retention.ms", true),
+    ("retention.bytes", true),
+    ("compression.type", false),
+    ("min.insync.replicas", false),
+    ("segment.bytes", false),
+];
+
+impl Cluster {
+    /// Names of all topics that the agent may see.
+    pub async fn topic_names(&self, until: Deadline) -> Result<BTreeSet<String>, PlaneError> {
+        let ask = MetadataRequest::default().with_topics(None).with_allow_auto_topic_creation(false);
+        let answer = self.anywhere(Who::Agent, &ask, until).await?;
+        Ok(answer.topics.iter().filter_map(|t| t.name.as_ref().map(|n| n.0.to_string())).collect())
+    }
+
+    /// The settings of topics that are compared between sites.
+    ///
+    /// Errors: `Failed` naming a topic whose settings the agent may not read.
+    pub async fn topic_settings(
+        &self,
+        topics: &BTreeSet<&str>,
+        until: Deadline,
+    ) -> Result<BTreeMap<String, BTreeMap<String, String>>, PlaneError> {
+        const TOPIC: i8 = 2;
+        let keys: Vec<_> = SETTINGS.iter().map(|(key, _)| text(*key)).collect();
+        let named = topics.iter().map(|topic| {
+            DescribeConfigsResource::default()
+                .with_resource_type(TOPIC)
+                .with_resource_name(text(*topic))
+                .with_configuration_keys(Some(keys.clone()))
+        });
+        let ask = DescribeConfigsRequest::default().with_resources(named.collect());
+        let answer = self.anywhere(Who::Agent, &ask, until).await?;
+        let mut found = BTreeMap::<String, BTreeMap<String, String>>::new();
+        for topic in &answer.results {
+            let name = topic.resource_name.to_string();
+            if topic.error_code != 0 {
+                let why = format!("{name} at {}: {}", self.site, words(topic.error_code));
+                return Err(failed("read settings of a topic", why));
+            }
+            let set = topic.configs.iter();
+            let set = set
+                .map(|c| (c.name.to_string(), c.value.as_ref().map(ToString::to_string).unwrap_or_default()));
+            found.entry(name).or_default().extend(set);
+        }
+        Ok(found)
+    }
 }

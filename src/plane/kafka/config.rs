@@ -114,7 +114,10 @@ pub fn check(config: &Config, group: &GroupSpec, site: &SiteId) -> Result<Checke
         addresses(&key("mirror_bootstrap"), &found.mirror_bootstrap)?;
         let rest = found.connect.strip_prefix("http://").unwrap_or_default();
         if rest.is_empty() || rest.trim_end_matches('/').contains('/') {
-            return Err(bad(&key("connect"), format!("{:?} is not of the form http://host:port", found.connect)));
+            return Err(bad(
+                &key("connect"),
+                format!("{:?} is not of the form http://host:port", found.connect),
+            ));
         }
     }
     let canary_topic = format!("{}-{}", config.canary_topic, group.name);
@@ -126,18 +129,20 @@ pub fn check(config: &Config, group: &GroupSpec, site: &SiteId) -> Result<Checke
         [("user", &config.user), ("canary_user", &config.canary_user), ("mirror_user", &config.mirror_user)]
     {
         if apps.contains(&name) {
-            return Err(bad(key, format!("{name} is an application's principal too; it must be one of its own")));
+            return Err(bad(
+                key,
+                format!("{name} is an application's principal too; it must be one of its own"),
+            ));
         }
     }
-    if config.user == config.canary_user || config.mirror_user == config.canary_user || config.user == config.mirror_user
+    if config.user == config.canary_user
+        || config.mirror_user == config.canary_user
+        || config.user == config.mirror_user
     {
         return Err(bad("canary_user", "agent, canary and mirror must be three principals"));
     }
     Ok(Checked {
-        agent: Login {
-            user: config.user.clone(),
-            password: secret("password_file", &config.password_file)?,
-        },
+        agent: Login { user: config.user.clone(), password: secret("password_file", &config.password_file)? },
         canary: Login {
             user: config.canary_user.clone(),
             password: secret("canary_password_file", &config.canary_password_file)?,
@@ -203,9 +208,8 @@ mod tests {
 
     fn section(dir: &Path, mode: u32) -> Config {
         let path = dir.join("secret");
-        let written = fs::write(&path, "word\n").and_then(|()| {
-            fs::set_permissions(&path, fs::Permissions::from_mode(mode))
-        });
+        let written = fs::write(&path, "word\n")
+            .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(mode)));
         assert!(written.is_ok());
         let text = format!(
             "user='a'\npassword_file='{0}'\ncanary_user='c'\ncanary_password_file='{0}'\nmirror_user='m'\n\
@@ -262,6 +266,8 @@ mod tests {
             let told = fault(|c| c.sites.values_mut().for_each(|s| s.bootstrap = text.into()));
             assert!(told.contains("host:port"), "{text:?}: {told}");
         }
-        assert!(fault(|c| c.sites.values_mut().for_each(|s| s.connect = "h:8083".into())).contains("http://"));
+        assert!(
+            fault(|c| c.sites.values_mut().for_each(|s| s.connect = "h:8083".into())).contains("http://")
+        );
     }
 }

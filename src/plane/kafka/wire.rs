@@ -12,13 +12,13 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use kafka_protocol::error::ResponseError;
 use kafka_protocol::messages::{
     ApiKey, ApiVersionsRequest, ApiVersionsResponse, ConsumerGroupDescribeRequest,
-    ConsumerGroupDescribeResponse, CreateAclsRequest, CreateAclsResponse, DeleteAclsRequest, DeleteAclsResponse,
-    DescribeAclsRequest, DescribeAclsResponse, DescribeConfigsRequest, DescribeConfigsResponse,
-    DescribeGroupsRequest, DescribeGroupsResponse, FetchRequest, FetchResponse, FindCoordinatorRequest,
-    FindCoordinatorResponse, ListOffsetsRequest, ListOffsetsResponse, MetadataRequest, MetadataResponse,
-    OffsetCommitRequest, OffsetCommitResponse, OffsetFetchRequest, OffsetFetchResponse, ProduceRequest,
-    ProduceResponse, RequestHeader, ResponseHeader, SaslAuthenticateRequest, SaslAuthenticateResponse,
-    SaslHandshakeRequest, SaslHandshakeResponse,
+    ConsumerGroupDescribeResponse, CreateAclsRequest, CreateAclsResponse, DeleteAclsRequest,
+    DeleteAclsResponse, DescribeAclsRequest, DescribeAclsResponse, DescribeConfigsRequest,
+    DescribeConfigsResponse, DescribeGroupsRequest, DescribeGroupsResponse, FetchRequest, FetchResponse,
+    FindCoordinatorRequest, FindCoordinatorResponse, ListOffsetsRequest, ListOffsetsResponse,
+    MetadataRequest, MetadataResponse, OffsetCommitRequest, OffsetCommitResponse, OffsetFetchRequest,
+    OffsetFetchResponse, ProduceRequest, ProduceResponse, RequestHeader, ResponseHeader,
+    SaslAuthenticateRequest, SaslAuthenticateResponse, SaslHandshakeRequest, SaslHandshakeResponse,
 };
 use kafka_protocol::protocol::{Decodable, Encodable, HeaderVersion, Message, StrBytes};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -196,7 +196,11 @@ impl Conn {
         let answer = self.call(&hello, until).await?;
         if answer.error_code != 0 {
             let offered: Vec<&str> = answer.mechanisms.iter().map(StrBytes::as_str).collect();
-            return Err(refused(format!("{}, the broker offers {}", words(answer.error_code), offered.join(" "))));
+            return Err(refused(format!(
+                "{}, the broker offers {}",
+                words(answer.error_code),
+                offered.join(" ")
+            )));
         }
         let proof = Bytes::from(format!("\0{}\0{}", login.user, login.password));
         let answer = self.call(&SaslAuthenticateRequest::default().with_auth_bytes(proof), until).await?;
@@ -232,7 +236,8 @@ impl Conn {
         let version = self.version::<R>()?;
         let mut body = self.exchange(ask, version, until).await?;
         let garbled = |why: String| WireError::Garbled { what: format!("{:?}", R::KEY), why };
-        ResponseHeader::decode(&mut body, R::Answer::header_version(version)).map_err(|e| garbled(e.to_string()))?;
+        ResponseHeader::decode(&mut body, R::Answer::header_version(version))
+            .map_err(|e| garbled(e.to_string()))?;
         let answer = R::Answer::decode(&mut body, version).map_err(|e| garbled(e.to_string()))?;
         if body.has_remaining() {
             return Err(garbled(format!("{} bytes left over", body.remaining())));
@@ -259,10 +264,9 @@ impl Conn {
         frame[..4].copy_from_slice(&size.to_be_bytes());
         self.dead = true;
         let began = Instant::now();
-        let body = tokio::time::timeout_at(until, self.transfer(&frame)).await.map_err(|_| WireError::Silent {
-            what: format!("{:?}", R::KEY),
-            waited: began.elapsed(),
-        })??;
+        let body = tokio::time::timeout_at(until, self.transfer(&frame))
+            .await
+            .map_err(|_| WireError::Silent { what: format!("{:?}", R::KEY), waited: began.elapsed() })??;
         let got = i32::from_be_bytes([body[0], body[1], body[2], body[3]]);
         if got != self.sent {
             return Err(garbled(format!("an answer to question {got}, not {}", self.sent)));
@@ -283,7 +287,9 @@ impl Conn {
             }
             _ => Err(WireError::Garbled {
                 what: "frame".to_owned(),
-                why: format!("{size} bytes announced; does something other than Kafka, or TLS, listen there?"),
+                why: format!(
+                    "{size} bytes announced; does something other than Kafka, or TLS, listen there?"
+                ),
             }),
         }
     }
