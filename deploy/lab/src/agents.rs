@@ -1,7 +1,7 @@
 //! Our own processes, run as an operator would run them: certificates, three agents, the group, and moves by the
 //! command line. Everything the lab knows of the product goes through its binaries.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -56,7 +56,7 @@ pub async fn prepare(world: &World) -> Result<()> {
     world.write(&context_file(world), &context(world), 0o644)
 }
 
-fn copy(world: &World, from: &std::path::Path, to: &std::path::Path, mode: u32) -> Result<()> {
+fn copy(world: &World, from: &Path, to: &Path, mode: u32) -> Result<()> {
     let text = std::fs::read_to_string(from).with_context(|| format!("read {}", from.display()))?;
     world.write(to, &text, mode)
 }
@@ -79,8 +79,11 @@ fn context(world: &World) -> String {
 }
 
 /// Starts the agents and waits until each is ready.
-pub async fn start(world: &World, sabotage: Option<&str>) -> Result<()> {
-    let agent = world.bin("dc-agent")?;
+pub async fn start(world: &World, binary: Option<&Path>, sabotage: Option<&str>) -> Result<()> {
+    let agent = match binary {
+        Some(from) => world.install(from, "dc-agent")?,
+        None => world.bin("dc-agent")?,
+    };
     world.bin("dc-guardian")?;
     for site in SITES {
         let mut cmd = Command::new(&agent);
@@ -202,8 +205,8 @@ pub async fn steps(world: &World, run: &str) -> Result<Vec<Value>> {
 }
 
 /// Publishes a folder of DAGs as the group's newest release.
-pub async fn publish(world: &World, dir: &std::path::Path) -> Result<String> {
-    switch(world, &["dags", "publish", &dir.to_string_lossy()]).await
+pub async fn publish(world: &World, dir: &Path) -> Result<String> {
+    switch(world, &["dags", "publish", &dir.to_string_lossy(), "--output", "json"]).await
 }
 
 /// Peak resident memory of our own processes at a site, in MiB.

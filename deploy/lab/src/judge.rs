@@ -31,6 +31,8 @@ pub struct Judge {
     known: BTreeMap<Plane, writes::Known>,
     /// Newest DAG release published before the move was asked for.
     pub release: u64,
+    /// What the old site's bucket held of DAG releases just before the move was asked for.
+    pub dags: BTreeMap<String, s3::Object>,
 }
 
 impl Judge {
@@ -117,6 +119,17 @@ impl Judge {
         let mut found = Findings::new(Plane::S3, w.number);
         found.fail_if(!different.is_empty(), "content", || {
             format!("{} objects differ between the sites, such as {:?}", different.len(), different.first())
+        });
+        let there = s3::list(&shared.world, w.target, s3::DAGS).await?;
+        let missing: Vec<&String> =
+            self.dags.iter().filter(|(key, o)| there.get(*key) != Some(o)).map(|(key, _)| key).collect();
+        found.fail_if(!missing.is_empty(), "dags", || {
+            format!(
+                "{} objects of DAG releases are missing or different at {}, such as {:?}",
+                missing.len(),
+                w.target,
+                missing.first()
+            )
         });
         reasons.extend(found.reasons);
         Ok(reasons)

@@ -12,8 +12,10 @@ mod parts;
 mod prereq;
 mod process;
 mod proxy;
+mod releases;
 mod report;
 mod run;
+mod sabotage;
 mod world;
 
 use std::collections::BTreeSet;
@@ -47,6 +49,8 @@ enum Cmd {
     Down(Down),
     /// Put load on running parts without moving them, and judge what applies
     Selftest(Selftest),
+    /// Run every sabotage and its control: each must fail by the check it names
+    SabotageSuite(Suite),
     /// Hold the lab's number and its links (started by the lab itself)
     #[command(hide = true)]
     Keeper {
@@ -86,9 +90,28 @@ struct Run {
     /// Tell the agents to do this wrong; needs agents built for it
     #[arg(long, value_name = "WHAT")]
     sabotage: Option<String>,
+    /// Binary of the agents, if it is not the one beside this program
+    #[arg(long, value_name = "FILE")]
+    agent: Option<PathBuf>,
+    /// No delay between the sites and no backlog asked for: measures outages (same as --delay 0)
+    #[arg(long)]
+    timing: bool,
     /// Seconds that building took, for the report
     #[arg(long, hide = true)]
     build_s: Option<f64>,
+}
+
+#[derive(Debug, Args)]
+struct Suite {
+    /// Name of the labs, one after another
+    #[arg(long, default_value = "sabotage")]
+    name: String,
+    /// Binary of agents that can be told to do wrong
+    #[arg(long, value_name = "FILE")]
+    agent: PathBuf,
+    /// Only sabotages whose name contains this
+    #[arg(long, default_value = "", value_name = "WORD")]
+    only: String,
 }
 
 #[derive(Debug, Args)]
@@ -128,6 +151,7 @@ async fn main() -> ExitCode {
         Cmd::Parts(Parts::Up(up)) => parts_up(&up).await.map(|()| Verdict::Pass),
         Cmd::Parts(Parts::Down(down)) | Cmd::Down(down) => take_down(&down).await.map(|()| Verdict::Pass),
         Cmd::Selftest(test) => selftest(&test).await,
+        Cmd::SabotageSuite(suite) => sabotage::run(&suite.name, &suite.agent, &suite.only).await,
         Cmd::Keeper { root } => keep(&root).await.map(|()| Verdict::Pass),
     };
     match done {
@@ -146,10 +170,11 @@ fn order(run: &Run) -> Order {
         name: run.up.named.name.clone(),
         planes: run.up.planes.iter().copied().collect(),
         moves: run.moves,
-        delay: Duration::from_millis(run.up.delay),
+        delay: Duration::from_millis(if run.timing { 0 } else { run.up.delay }),
         report: run.report.clone(),
         keep: run.keep,
         sabotage: run.sabotage.clone(),
+        agent: run.agent.clone(),
         build_s: run.build_s,
     }
 }

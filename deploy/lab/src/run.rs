@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -9,8 +10,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::history::now_ns;
 use crate::judge::{Judge, least, least_runs};
-use crate::load::{Load, Shared};
+use crate::load::{Load, Shared, s3};
 use crate::oracle::{self, Reason, Verdict, Window};
+use crate::releases::{self, Releases};
 use crate::report::{Move, Report, Settings};
 use crate::world::{FRA, Plane, ROME, SITES, Site, World};
 use crate::{agents, parts, prereq, process};
@@ -32,32 +34,55 @@ pub struct Order {
     pub keep: bool,
     /// What the agents are told to do wrong.
     pub sabotage: Option<String>,
+    /// The agents' binary, if it is not the one beside the lab.
+    pub agent: Option<PathBuf>,
     /// Seconds that the caller spent on building.
     pub build_s: Option<f64>,
 }
 
-/// Runs the lab. Whatever happens, nothing of it is left running unless asked for.
+/// Runs the lab, prints the report and writes it. Whatever happens, nothing of it is left running unless asked for.
 ///
 /// Errors: it could not be carried out; what was judged until then is lost, the files stay.
 pub async fn run(order: &Order) -> Result<Verdict> {
+    perform(order).await.map(|report| report.verdict)
+}
+
+/// As [`run`], returning the report.
+pub async fn perform(order: &Order) -> Result<Report> {
     prereq::check(order.planes.len() == Plane::ALL.len())?;
     let world = fresh(order).await?;
     let judged = tokio::select! {
         judged = drive(&world, order) => judged,
-        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        () = interrupted() => Err(anyhow::anyhow!("interrupted")),
     };
-    if !matches!(&judged, Ok(report) if report.verdict == Verdict::Pass) {
+    let passed = matches!(&judged, Ok(report) if report.verdict == Verdict::Pass);
+    if !passed && order.sabotage.is_none() {
         tell_logs(&world);
     }
-    let verdict = judged.and_then(|report| publish(&report, order));
+    let judged = judged.and_then(|report| publish(&report, order).map(|()| report));
     if order.keep {
         tell_kept(&world);
-        return verdict;
+        return judged;
     }
-    let ended = end(&world, matches!(verdict, Ok(Verdict::Pass))).await;
-    let verdict = verdict?;
+    let ended = end(&world, passed).await;
+    let report = judged?;
     ended?;
-    Ok(verdict)
+    Ok(report)
+}
+
+/// Returns when a person or a supervisor wants the lab to end.
+async fn interrupted() {
+    let term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
+    let told = async {
+        match term {
+            Ok(mut term) => drop(term.recv().await),
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        () = told => {}
+    }
 }
 
 /// An empty lab of that name. One that is running is not touched.
@@ -90,13 +115,18 @@ async fn drive(world: &World, order: &Order) -> Result<Report> {
     timed("starting the parts of both sites", &mut wall, "start", async {
         parts::start(world).await?;
         agents::prepare(world).await?;
-        agents::start(world, order.sabotage.as_deref()).await?;
+        agents::start(world, order.agent.as_deref(), order.sabotage.as_deref()).await?;
         eprintln!("  three agents are ready");
         agents::apply(world).await
     })
     .await?;
-    let load = Load::start(world, ROME).await?;
-    let moved = timed("moving", &mut wall, "moves", moves(&load.shared, order)).await;
+    let mut load = Load::start(world, ROME).await?;
+    let releases = Arc::new(Releases::default());
+    if world.planes.contains(&Plane::S3) {
+        releases.publish(world).await.context("publish the first DAG release")?;
+        load.also(releases::keep(load.shared.clone(), releases.clone()));
+    }
+    let moved = timed("moving", &mut wall, "moves", moves(&load.shared, &releases, order)).await;
     let rss_mib = SITES.iter().map(|s| (s.to_string(), agents::memory(world, *s))).collect();
     load.stop().await;
     let (moves, mut reasons) = moved?;
@@ -150,7 +180,7 @@ fn settings(order: &Order) -> Settings {
     }
 }
 
-async fn moves(shared: &Shared, order: &Order) -> Result<(Vec<Move>, Vec<Reason>)> {
+async fn moves(shared: &Shared, releases: &Releases, order: &Order) -> Result<(Vec<Move>, Vec<Reason>)> {
     let (mut rows, mut reasons) = (Vec::new(), Vec::new());
     let mut judge = Judge::default();
     let (mut active, mut from) = (ROME, now_ns());
@@ -158,6 +188,10 @@ async fn moves(shared: &Shared, order: &Order) -> Result<(Vec<Move>, Vec<Reason>
         let wanted = if active == ROME { FRA } else { ROME };
         eprintln!("  move {number}: {active} -> {wanted}, load is warming up");
         warm(shared, active, from).await;
+        if shared.world.planes.contains(&Plane::S3) {
+            judge.dags = s3::list(&shared.world, active, s3::DAGS).await?;
+        }
+        judge.release = releases.newest(now_ns());
         let (row, found, window) = one_move(shared, &mut judge, number, from, active, wanted).await?;
         eprintln!("  move {number}: {} ({})", row.result, outages(&row));
         found.iter().for_each(|r| eprintln!("    {r}"));
@@ -288,13 +322,13 @@ pub async fn still(world: &World, seconds: u64) -> Result<Verdict> {
     Ok(report.verdict)
 }
 
-fn publish(report: &Report, order: &Order) -> Result<Verdict> {
+fn publish(report: &Report, order: &Order) -> Result<()> {
     print!("{}", report.text());
     if let Some(path) = &order.report {
         std::fs::write(path, serde_json::to_string_pretty(report)?)
             .with_context(|| format!("write {}", path.display()))?;
     }
-    Ok(report.verdict)
+    Ok(())
 }
 
 /// Ends all processes of a lab, and removes its files if asked to.

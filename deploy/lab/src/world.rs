@@ -395,14 +395,19 @@ impl World {
             Some(dir) => PathBuf::from(dir).join(name),
             None => std::env::current_exe()?.with_file_name(name),
         };
-        let meta = fs::metadata(&from).with_context(|| format!("{} is not built", from.display()))?;
+        self.install(&from, name)
+    }
+
+    /// Copies a binary to where the parts' user can run it. Repeat: a copy that is as new is kept.
+    pub fn install(&self, from: &Path, name: &str) -> Result<PathBuf> {
+        let meta = fs::metadata(from).with_context(|| format!("{} is not built", from.display()))?;
         let to = self.root.join("bin").join(name);
         let same = fs::metadata(&to)
             .is_ok_and(|m| m.len() == meta.len() && m.modified().ok() >= meta.modified().ok());
         if !same {
             self.mkdir(&self.root.join("bin"))?;
             let fresh = to.with_extension("new");
-            fs::copy(&from, &fresh).with_context(|| format!("copy {}", from.display()))?;
+            fs::copy(from, &fresh).with_context(|| format!("copy {}", from.display()))?;
             fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755))?;
             self.own(&fresh)?;
             fs::rename(&fresh, &to)?;

@@ -127,6 +127,11 @@ impl Load {
         Ok(Load { shared, tasks })
     }
 
+    /// Adds a task that ends with the load.
+    pub fn also(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(task);
+    }
+
     /// Ends all writers and waits for them.
     pub async fn stop(mut self) {
         self.shared.stop.cancel();

@@ -102,9 +102,11 @@ async fn commit(client: &Client, writer: u16, seq: u64) -> Outcome {
 pub async fn content(world: &World, site: Site) -> Result<Content> {
     let client =
         connect(world, site, "dclab").await.with_context(|| format!("connect to Postgres of {site}"))?;
-    let rows =
-        timeout(Duration::from_secs(60), client.query("select writer, seq from lab_load order by ctid", &[]))
-            .await;
+    let rows = timeout(
+        Duration::from_secs(60),
+        client.query("select writer, seq from lab_load order by writer, seq", &[]),
+    )
+    .await;
     let rows = rows.context("read of the load's table took too long")?.context("read the load's table")?;
     let ids = rows.iter().map(|r| id(r.get(0), r.get(1))).collect();
     Ok(Content::from([("lab_load".to_string(), ids)]))

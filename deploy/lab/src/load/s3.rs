@@ -21,6 +21,8 @@ use crate::world::{DATA_SITES, Plane, Site, World, port};
 const BUCKET: &str = "orders";
 /// Below the log prefix of the group's file.
 const PREFIX: &str = "logs/dag_id=load/";
+/// Where DAG releases lie, as in the group's file.
+pub const DAGS: &str = "dags/";
 /// Writers per site.
 const WRITERS: u16 = 4;
 /// Pause of a writer between two objects: four make about 30 a second.
