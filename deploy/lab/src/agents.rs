@@ -13,9 +13,9 @@ use crate::process;
 use crate::world::{SITES, Site, World, port};
 
 /// A move that has not ended by then is left to a human.
-const MOVE: Duration = Duration::from_secs(300);
+const MOVE: Duration = Duration::from_mins(5);
 /// Agents answer within this time after their start.
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_mins(1);
 
 /// What the command line said of a move.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ pub async fn start(world: &World, binary: Option<&Path>, sabotage: Option<&str>)
     world.bin("dc-guardian")?;
     for site in SITES {
         let mut cmd = Command::new(&agent);
-        cmd.arg("--config").arg(world.dir(&site).join("agent.toml")).env("RUST_LOG", "info");
+        cmd.arg(world.dir(&site).join("agent.toml"));
         if let Some(what) = sabotage {
             cmd.env("DC_SABOTAGE", what);
         }

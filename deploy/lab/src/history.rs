@@ -90,7 +90,7 @@ impl History {
 
     /// How many tries fit, without copying them.
     pub fn count(&self, fits: impl Fn(&Event) -> bool) -> usize {
-        self.events.lock().map(|e| e.iter().filter(|e| fits(e)).count()).unwrap_or(0)
+        self.events.lock().map_or(0, |e| e.iter().filter(|e| fits(e)).count())
     }
 
     /// Acknowledged writes at a site since a time.

@@ -13,7 +13,7 @@ use crate::report::Move;
 use crate::world::{Plane, Site, World};
 
 /// How long the turned direction may take to carry what was acknowledged.
-const CARRY: Duration = Duration::from_secs(60);
+const CARRY: Duration = Duration::from_mins(1);
 
 /// Evidence that each plane needs in each move.
 pub fn least(delay: Duration) -> writes::Least {

@@ -70,7 +70,7 @@ pub fn rss_kib(pid: u32, peak: bool) -> Option<u64> {
 ///
 /// Errors: cannot start, longer than `limit` (it is killed), or a code other than 0; the last lines are quoted.
 pub async fn run(cmd: &mut Command, limit: Duration) -> Result<std::process::Output> {
-    let shown = format!("{:?}", cmd.as_std().get_program());
+    let shown = cmd.as_std().get_program().display().to_string();
     cmd.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let out = match tokio::time::timeout(limit, cmd.output()).await {
         Ok(out) => out.with_context(|| format!("run {shown}"))?,
@@ -164,7 +164,9 @@ pub async fn stop(record: &Path, grace: Duration) -> Result<()> {
             if Instant::now() >= limit {
                 bail!("processes {left:?} of {} outlive SIGKILL", record.display());
             }
-            left.into_iter().for_each(|p| signal(p, Signal::KILL));
+            for pid in left {
+                signal(pid, Signal::KILL);
+            }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -234,14 +236,18 @@ fn shown(pid: u32) -> String {
 pub async fn sweep(root: &Path, owner: Option<(u32, u32)>) -> Vec<String> {
     let found = own_processes(root, owner);
     let told: Vec<String> = found.iter().copied().map(shown).collect();
-    found.iter().for_each(|p| signal(*p, Signal::TERM));
+    for pid in &found {
+        signal(*pid, Signal::TERM);
+    }
     wait_gone(Duration::from_secs(5), || own_processes(root, owner).is_empty()).await;
     for _ in 0..50 {
         let left = own_processes(root, owner);
         if left.is_empty() {
             break;
         }
-        left.into_iter().for_each(|p| signal(p, Signal::KILL));
+        for pid in left {
+            signal(pid, Signal::KILL);
+        }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     told

@@ -52,7 +52,7 @@ pub async fn perform(order: &Order) -> Result<Report> {
     prereq::check(order.planes.len() == Plane::ALL.len())?;
     let world = fresh(order).await?;
     let judged = tokio::select! {
-        judged = drive(&world, order) => judged,
+        judged = Box::pin(drive(&world, order)) => judged,
         () = interrupted() => Err(anyhow::anyhow!("interrupted")),
     };
     let passed = matches!(&judged, Ok(report) if report.verdict == Verdict::Pass);
@@ -129,8 +129,8 @@ async fn drive(world: &World, order: &Order) -> Result<Report> {
     let moved = timed("moving", &mut wall, "moves", moves(&load.shared, &releases, order)).await;
     let rss_mib = SITES.iter().map(|s| (s.to_string(), agents::memory(world, *s))).collect();
     load.stop().await;
-    let (moves, mut reasons) = moved?;
-    reasons.sort_by(|a, b| b.verdict.cmp(&a.verdict));
+    let (rows, mut reasons) = moved?;
+    reasons.sort_by_key(|r| std::cmp::Reverse(r.verdict));
     Ok(Report {
         schema: "dc-lab/report/v1",
         verdict: oracle::verdict(&reasons),
@@ -138,7 +138,7 @@ async fn drive(world: &World, order: &Order) -> Result<Report> {
         partial: order.planes.len() < Plane::ALL.len(),
         settings: settings(order),
         parts: parts::versions(world),
-        moves,
+        moves: rows,
         rss_mib,
         wall_s: wall,
     })
@@ -194,7 +194,9 @@ async fn moves(shared: &Shared, releases: &Releases, order: &Order) -> Result<(V
         judge.release = releases.newest(now_ns());
         let (row, found, window) = one_move(shared, &mut judge, number, from, active, wanted).await?;
         eprintln!("  move {number}: {} ({})", row.result, outages(&row));
-        found.iter().for_each(|r| eprintln!("    {r}"));
+        for reason in &found {
+            eprintln!("    {reason}");
+        }
         let broken = row.result != "done";
         rows.push(row);
         reasons.extend(found);
@@ -250,7 +252,7 @@ async fn one_move(
 
 /// Waits until every plane has been written enough at the active site, or a minute is over: then the oracle says so.
 async fn warm(shared: &Shared, active: Site, from: u64) {
-    let limit = Instant::now() + Duration::from_secs(60);
+    let limit = Instant::now() + Duration::from_mins(1);
     while Instant::now() < limit && !enough(shared, active, from, now_ns()) {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
@@ -258,7 +260,7 @@ async fn warm(shared: &Shared, active: Site, from: u64) {
 
 /// Waits until every plane has been written enough at the new site, or a minute is over.
 async fn settle(shared: &Shared, target: Site, asked: u64) {
-    let limit = Instant::now() + Duration::from_secs(60);
+    let limit = Instant::now() + Duration::from_mins(1);
     while Instant::now() < limit && !enough(shared, target, asked, now_ns()) {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }

@@ -84,8 +84,12 @@ pub async fn run(name: &str, agent: &Path, only: &str) -> Result<Verdict> {
             ));
         }
     }
-    told.iter().for_each(|line| println!("{line}"));
-    wrong.iter().for_each(|line| println!("WRONG: {line}"));
+    for line in &told {
+        println!("{line}");
+    }
+    for line in &wrong {
+        println!("WRONG: {line}");
+    }
     Ok(if wrong.is_empty() { Verdict::Pass } else { Verdict::Fail })
 }
 

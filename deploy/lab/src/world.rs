@@ -345,7 +345,7 @@ impl World {
     /// Errors: it cannot start, took too long, or ended with another code than 0 (with the last lines it wrote).
     pub async fn run(&self, cmd: &mut Command) -> Result<std::process::Output> {
         self.prepare(cmd);
-        process::run(cmd, Duration::from_secs(600)).await
+        process::run(cmd, Duration::from_mins(10)).await
     }
 
     /// Starts a long-lived process as the parts' user: own session, log in `root/log/NAME.log`, recorded by pid and

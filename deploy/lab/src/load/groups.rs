@@ -1,7 +1,7 @@
 //! Consumer groups: members that follow the active site by what producers were told, read at different paces and
 //! commit, and note each position.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -154,17 +154,16 @@ fn member(shared: &Shared, group: &'static str, pace: Duration, site: Site) -> R
         .set("heartbeat.interval.ms", "1000");
     let consumer: BaseConsumer = c.create().context("make a member")?;
     consumer.subscribe(&TOPICS)?;
-    let mut first: BTreeMap<String, i64> = BTreeMap::new();
+    let mut first: BTreeSet<String> = BTreeSet::new();
     let mut read: BTreeMap<(String, i32), (i64, Id)> = BTreeMap::new();
     let mut commit_at = Instant::now() + COMMIT_EVERY;
     let moved = || shared.history(Plane::Kafka).ok().and_then(|h| h.active()).is_some_and(|s| s != site);
     while !shared.over() && !moved() {
         match consumer.poll(Duration::from_millis(50)) {
             Some(Ok(m)) => {
-                let place = place(m.topic(), m.partition());
-                if !first.contains_key(&place) {
-                    shared.groups.add(group, site, Entry::First { place: place.clone(), offset: m.offset() });
-                    first.insert(place, m.offset());
+                let of = place(m.topic(), m.partition());
+                if first.insert(of.clone()) {
+                    shared.groups.add(group, site, Entry::First { place: of, offset: m.offset() });
                 }
                 if let Some(id) = parse(&m) {
                     read.insert((m.topic().to_string(), m.partition()), (m.offset(), id));
@@ -218,7 +217,9 @@ fn committed(shared: &Shared, group: &str, site: Site) -> Result<BTreeMap<String
     let metadata = reader.fetch_metadata(None, Duration::from_secs(5)).context("read metadata")?;
     let mut list = TopicPartitionList::new();
     for topic in metadata.topics().iter().filter(|t| TOPICS.contains(&t.name())) {
-        topic.partitions().iter().for_each(|p| drop(list.add_partition(topic.name(), p.id())));
+        for p in topic.partitions() {
+            list.add_partition(topic.name(), p.id());
+        }
     }
     let found = reader.committed_offsets(list, Duration::from_secs(5)).context("read positions")?;
     let known = |e: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| match e.offset() {

@@ -210,7 +210,7 @@ pub fn records(world: &World, site: Site) -> Result<Records> {
     let reader = reader(world, site)?;
     let mut open = assign(&reader, Offset::Beginning)?;
     let mut records = Records::new();
-    let limit = Instant::now() + Duration::from_secs(60);
+    let limit = Instant::now() + Duration::from_mins(1);
     while open > 0 {
         match reader.poll(Duration::from_millis(200)) {
             Some(Ok(m)) => {

@@ -72,7 +72,10 @@ impl Shared {
 
 /// Samples of what a source acknowledged and its target could not read yet.
 #[derive(Debug, Default)]
-pub struct Backlog(Mutex<BTreeMap<(Plane, Site), Vec<(u64, usize)>>>);
+pub struct Backlog(Mutex<BTreeMap<(Plane, Site), Samples>>);
+
+/// When, and how many waited.
+type Samples = Vec<(u64, usize)>;
 
 impl Backlog {
     /// Adds a sample taken at `at`.

@@ -103,7 +103,7 @@ pub async fn content(world: &World, site: Site) -> Result<Content> {
     let client =
         connect(world, site, "dclab").await.with_context(|| format!("connect to Postgres of {site}"))?;
     let rows = timeout(
-        Duration::from_secs(60),
+        Duration::from_mins(1),
         client.query("select writer, seq from lab_load order by writer, seq", &[]),
     )
     .await;

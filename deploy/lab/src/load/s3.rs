@@ -87,9 +87,8 @@ async fn write(shared: Arc<Shared>, history: Arc<History>, app: Client, site: Si
             Ok(_) => Outcome::Acked,
             Err(e) => match e.raw_response().map(|r| r.status().as_u16()) {
                 Some(400..=499) => Outcome::Refused,
-                Some(_) => Outcome::Unknown,
-                None if e.as_service_error().is_none() && is_connect(&e) => Outcome::Refused,
-                None => Outcome::Unknown,
+                None if is_connect(&e) => Outcome::Refused,
+                _ => Outcome::Unknown,
             },
         };
         history.add(site, id, sent, outcome);

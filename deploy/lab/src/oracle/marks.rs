@@ -181,7 +181,9 @@ fn by_task(marks: &[Mark]) -> BTreeMap<&Task, Vec<&Mark>> {
     for m in marks {
         tasks.entry(&m.task).or_default().push(m);
     }
-    tasks.values_mut().for_each(|v| v.sort_by_key(|m| m.at));
+    for of in tasks.values_mut() {
+        of.sort_by_key(|m| m.at);
+    }
     tasks
 }
 

@@ -52,10 +52,10 @@ pub async fn install(world: &World) -> Result<()> {
 
 /// Starts every plane's parts at both sites: Postgres, Kafka and S3 side by side, Airflow on top of them.
 pub async fn start(world: &World) -> Result<()> {
-    let (p, k, s) =
-        tokio::join!(one(world, Plane::Postgres), one(world, Plane::Kafka), one(world, Plane::S3));
+    let side = |plane| Box::pin(one(world, plane));
+    let (p, k, s) = tokio::join!(side(Plane::Postgres), side(Plane::Kafka), side(Plane::S3));
     p.and(k).and(s)?;
-    one(world, Plane::Airflow).await
+    side(Plane::Airflow).await
 }
 
 async fn one(world: &World, plane: Plane) -> Result<()> {
