@@ -12,12 +12,15 @@ pub mod authority;
 pub mod codes;
 pub mod fail;
 pub mod ids;
+pub mod invariant;
 pub mod lease;
 pub mod observe;
 pub mod plan;
 pub mod position;
 pub mod registry;
 pub mod run;
+#[cfg(any(test, feature = "script"))]
+pub mod script;
 pub mod spec;
 pub mod time;
 pub mod view;

@@ -33,7 +33,7 @@ pub struct Trouble {
 
 /// Where a step stands.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "is", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")] // not tagged inside: JSON could not read number keys back
 pub enum Status {
     /// Not begun.
     Waiting,
