@@ -1,1 +1,0 @@
-//! Live tests against two real instances.
