@@ -58,7 +58,7 @@ impl Profile {
     pub const METRO: Self = Self {
         renew: Duration::from_secs(1),
         hold: Duration::from_secs(4),
-        grant: Duration::from_millis(7000),
+        grant: Duration::from_secs(7),
         lead: Duration::from_millis(500),
         gate: Duration::from_millis(250),
         effect: Duration::from_millis(1500),
@@ -127,7 +127,7 @@ impl Profile {
         at_least("I2", self.hold, renewal, "a new engine leader must not fence a healthy site")?;
         let round = self.election_max * 2 + self.round_trip * 4;
         at_least("I3", self.hold, round, "the lease outlives one election round")?;
-        let watched = self.grant - self.grant * 2 / DRIFT;
+        let watched = self.grant.saturating_sub(self.grant * 2 / DRIFT);
         at_least("I4", watched, self.watchdog * 2, "the watchdog ends a wedged host in time")?;
         at_least("E1", self.heartbeat, self.round_trip * 2, "a heartbeat is also the engine's deadline")?;
         at_least("E2", self.election_min, self.heartbeat * 4, "one lost heartbeat is no election")?;

@@ -41,7 +41,7 @@ pub fn spec(name: &str, planes: &[PlaneKind]) -> Result<GroupSpec, BadName> {
             writers: vec!["app".into()],
         }),
         airflow: has(PlaneKind::Airflow).then_some(AirflowSpec {
-            drain_limit: Span(Duration::from_secs(60)),
+            drain_limit: Span(Duration::from_mins(1)),
             default_policy: TaskPolicy::Rerun,
         }),
         policy: Policy::default(),

@@ -194,10 +194,8 @@ impl GroupSpec {
                 fault("kafka.topics", "is empty".into());
             }
         }
-        if let Some(postgres) = &self.postgres {
-            if postgres.databases.is_empty() {
-                fault("postgres.databases", "is empty".into());
-            }
+        if self.postgres.as_ref().is_some_and(|p| p.databases.is_empty()) {
+            fault("postgres.databases", "is empty".into());
         }
         if self.airflow.is_some() && (self.postgres.is_none() || self.s3.is_none()) {
             fault(

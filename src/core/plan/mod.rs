@@ -126,7 +126,7 @@ impl Plan {
         // A plan is plain data with text keys, which serde_json cannot fail on; an empty
         // text would merely give a hash that no plan shown to anyone has.
         let text = serde_json::to_string(self).unwrap_or_default();
-        Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+        crate::registry::hex(&Sha256::digest(text.as_bytes()))
     }
 
     /// The short name people type: the first eight digits of the hash.

@@ -301,8 +301,7 @@ fn postgres(act: PostgresAct, limit: Duration, stop: Duration) -> Traits {
 fn kafka(act: KafkaAct, limit: Duration) -> Traits {
     match act {
         KafkaAct::PrepareReverse => Traits::reads(60 * SECOND).undone().tried(2),
-        KafkaAct::FenceApps => Traits::fences(10 * SECOND),
-        KafkaAct::FenceMirror => Traits::fences(10 * SECOND),
+        KafkaAct::FenceApps | KafkaAct::FenceMirror => Traits::fences(10 * SECOND),
         KafkaAct::Drain | KafkaAct::SetOffsets => Traits::reads(limit),
         KafkaAct::GrantApps => Traits::opens(10 * SECOND),
         KafkaAct::StopForward | KafkaAct::StartReverse | KafkaAct::Verify => Traits::reads(90 * SECOND),
@@ -325,9 +324,8 @@ fn airflow(act: AirflowAct, tasks: Duration) -> Traits {
     match act {
         AirflowAct::WarmApi | AirflowAct::WarmStandby => Traits::reads(120 * SECOND).tried(2),
         AirflowAct::Quiesce => Traits::fences(tasks + 15 * SECOND),
-        AirflowAct::ProveGone => Traits::fences(30 * SECOND),
         AirflowAct::UploadTaskLogs => Traits::reads(120 * SECOND),
-        AirflowAct::CloseApi => Traits::fences(30 * SECOND),
+        AirflowAct::ProveGone | AirflowAct::CloseApi => Traits::fences(30 * SECOND),
         AirflowAct::StartWriters => Traits::opens(90 * SECOND),
         AirflowAct::OpenApi => Traits::opens(60 * SECOND),
         AirflowAct::RerunPolicy => Traits::reads(60 * SECOND),

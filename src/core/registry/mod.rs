@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use audit::hex;
 pub use audit::{Audit, AuditEntry};
 
 use crate::act::Evidence;
