@@ -202,3 +202,33 @@ impl Plane for KafkaPlane {
         until.bound(name.word(), self.take_back(name, act, by, until)).await?
     }
 }
+
+/// What live tests need and the product must not have: grants given and taken as another user.
+#[cfg(feature = "live")]
+#[doc(hidden)]
+pub mod hands {
+    use dc_core::ids::SiteId;
+    use dc_core::position::Grant;
+    use dc_plane::{Deadline, PlaneError};
+
+    use crate::cluster::Cluster;
+    use crate::config::Login;
+
+    /// Gives or takes grants at the cluster behind `bootstrap`.
+    pub async fn change(
+        site: &SiteId,
+        bootstrap: &str,
+        (user, password): (&str, &str),
+        grants: &[Grant],
+        give: bool,
+        until: Deadline,
+    ) -> Result<(), PlaneError> {
+        let login = Login { user: user.to_owned(), password: password.to_owned() };
+        let cluster = Cluster::new(site.clone(), bootstrap, login.clone(), login, None);
+        if give {
+            crate::acl::give(&cluster, grants, until).await
+        } else {
+            crate::acl::take(&cluster, grants, until).await.map(|_| ())
+        }
+    }
+}
