@@ -158,6 +158,28 @@ async fn shake(
     Ok(Link { peer: Peer { identity: Arc::new(identity), address, expires }, stream, _place: place })
 }
 
+/// A connection did not come about, so nothing was sent on it.
+#[derive(Debug, thiserror::Error)]
+#[error("no connection to {address}: {why}")]
+pub struct NotConnected {
+    /// Where to.
+    pub address: String,
+    /// The cause in words.
+    pub why: String,
+}
+
+/// Whether a call failed before anything of it was sent; false when that is not known.
+pub fn never_sent(status: &tonic::Status) -> bool {
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        if error.is::<NotConnected>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 /// A channel to an agent: connects when it is first used, and again whenever it has broken.
 ///
 /// `address` is `host:port` and is resolved at every connect; `connect_limit` bounds one
@@ -178,10 +200,13 @@ pub fn channel(
     let dial = tower::service_fn(move |_| {
         let (tls, address, expected) = (tls.clone(), address.clone(), expected.clone());
         async move {
-            timeout(connect_limit, dial(&tls, &address, expected))
-                .await
-                .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("connect to {address}")))?
-                .map(TokioIo::new)
+            let dialled = timeout(connect_limit, dial(&tls, &address, expected)).await;
+            let why = match dialled {
+                Ok(Ok(stream)) => return Ok(TokioIo::new(stream)),
+                Ok(Err(why)) => why.to_string(),
+                Err(_) => format!("no answer within {connect_limit:?}"),
+            };
+            Err(NotConnected { address, why })
         }
     });
     Ok(endpoint
