@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -24,20 +25,14 @@ pub struct Number {
 
 /// Takes a free number, or exactly `wanted`.
 ///
+/// Locks lie where all users of the machine see them, for they all share its loopback addresses.
 /// Errors: `wanted` is held by another lab; none is free.
-pub fn take_number(base: &Path, wanted: Option<u8>) -> Result<Number> {
-    let dir = base.join("_locks");
-    fs::create_dir_all(&dir).with_context(|| format!("make folder {}", dir.display()))?;
+pub fn take_number(wanted: Option<u8>) -> Result<Number> {
+    let shared = Path::new("/run/lock");
+    let dir = if shared.is_dir() { shared.to_path_buf() } else { std::env::temp_dir() };
     let range = wanted.map_or(1..=250, |n| n..=n);
     for number in range {
-        let path = dir.join(format!("{number}.lock"));
-        let lock = fs::OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&path)
-            .with_context(|| format!("open {}", path.display()))?;
+        let lock = open_lock(&dir.join(format!("dc-lab-{number}.lock")))?;
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
             && (wanted.is_some() || ports_free(number))
         {
@@ -49,6 +44,20 @@ pub fn take_number(base: &Path, wanted: Option<u8>) -> Result<Number> {
         None => bail!(
             "no free lab number: all of 127.1 to 127.250 have listeners on the lab's ports or are locked"
         ),
+    }
+}
+
+/// A lock file that another user may have made: opened first, made only if it is not there.
+fn open_lock(path: &Path) -> Result<fs::File> {
+    let open = || fs::OpenOptions::new().read(true).open(path);
+    if let Ok(file) = open() {
+        return Ok(file);
+    }
+    match fs::OpenOptions::new().create_new(true).write(true).mode(0o644).open(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(e).with_context(|| format!("make {}", path.display()))
+        }
+        _ => open().with_context(|| format!("open {}", path.display())),
     }
 }
 

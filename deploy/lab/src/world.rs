@@ -169,7 +169,13 @@ struct Saved {
 }
 
 /// The folder of all labs of this user: `/var/lib/dc-lab` for root, else below the user's state folder.
+/// `DC_LAB_STATE` names another one.
 pub fn base_dir() -> Result<PathBuf> {
+    if let Some(dir) = std::env::var_os("DC_LAB_STATE") {
+        let dir = PathBuf::from(dir);
+        ensure!(dir.is_absolute(), "DC_LAB_STATE is {}, not an absolute path", dir.display());
+        return Ok(dir);
+    }
     if rustix::process::geteuid().is_root() {
         return Ok(PathBuf::from("/var/lib/dc-lab"));
     }
@@ -208,7 +214,7 @@ impl World {
                 return Ok(world);
             }
         }
-        let lock = crate::keeper::take_number(&base, saved.map(|s| s.number))?;
+        let lock = crate::keeper::take_number(saved.map(|s| s.number))?;
         world.number = lock.number;
         world.save()?;
         for site in SITES {
