@@ -37,12 +37,18 @@ pub fn intents(registry: &Registry, me: &SiteId) -> Vec<Intent> {
         for step in run.steps.iter().filter(|s| s.plan.site.as_ref() == Some(me)) {
             let Some((token, undo)) = step.intent() else { continue };
             let Some(act) = run.act(step, group) else { continue };
+            // Taking a fence back lets writers in at the source alone; the target never had any.
+            let opens = if undo {
+                step.plan.effect == Effect::Fences && *me == run.source
+            } else {
+                step.plan.effect == Effect::Opens
+            };
             found.push(Intent {
                 run: run.id.clone(),
                 step: step.plan.id,
                 token,
                 undo,
-                opens: undo != (step.plan.effect == Effect::Opens) && step.plan.effect != Effect::Neither,
+                opens,
                 act,
                 limit: step.plan.deadline(),
             });

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use dc_core::act::{Change, Evidence};
@@ -46,6 +47,8 @@ pub struct Hands {
     turns: Mutex<BTreeMap<Place, Arc<tokio::sync::Mutex<()>>>>,
     running: Mutex<BTreeMap<(RunId, StepId), Running>>,
     keeping: Mutex<BTreeMap<Place, AbortHandle>>,
+    /// Whether everything committed before this process began is applied.
+    caught_up: AtomicBool,
 }
 
 struct Running {
@@ -79,6 +82,7 @@ impl Hands {
             turns: Mutex::default(),
             running: Mutex::default(),
             keeping: Mutex::default(),
+            caught_up: AtomicBool::new(false),
         })
     }
 
@@ -89,6 +93,7 @@ impl Hands {
         while self.engine.barrier(Instant::now() + Duration::from_secs(5)).await.is_err() {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
+        self.caught_up.store(true, Ordering::Release);
         let mut applied = self.engine.applied();
         loop {
             let state = applied.borrow_and_update().state.clone();
@@ -213,19 +218,34 @@ impl Hands {
     pub async fn keep(self: &Arc<Self>, place: &Place) {
         let state = self.engine.state();
         let wanted = upkeep(&state, &place.0, place.1, &self.me, self.lease.left(), self.lease.closing());
-        if wanted == Upkeep::Leave || (wanted == Upkeep::Close && self.is_closed(place)) {
+        // Before the barrier the state may be that of another life: it may close, nothing else.
+        let known = self.caught_up.load(Ordering::Acquire) || wanted == Upkeep::Close;
+        if wanted == Upkeep::Leave || !known {
             return;
         }
         if wanted == Upkeep::Close {
             self.drop_steps(place);
         }
-        let task = tokio::spawn(self.clone().tend(place.clone(), wanted));
+        let mut task = tokio::spawn(self.clone().tend(place.clone(), wanted));
         if wanted != Upkeep::Close {
             // An intent takes the plane from any upkeep but a closing.
             self.keeping.lock().insert(place.clone(), task.abort_handle());
         }
-        if task.await.is_err_and(|e| e.is_panic()) {
+        let ended = tokio::select! {
+            ended = &mut task => ended,
+            () = self.lease_ends(), if matches!(wanted, Upkeep::Serve(_)) => {
+                task.abort(); // however long it would take, the closing comes first
+                task.await
+            }
+        };
+        if ended.is_err_and(|e| e.is_panic()) {
             error!(group = %place.0, plane = %place.1, "upkeep panicked");
+        }
+    }
+
+    async fn lease_ends(&self) {
+        while !self.lease.closing() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
 
@@ -278,6 +298,8 @@ impl Hands {
     fn settle(&self, place: &Place, wanted: Upkeep, closed: bool, result: &Result<Evidence, PlaneError>) {
         let (group, plane) = place;
         match (wanted, result) {
+            // Closed again and again: what opened meanwhile may have left the mark in place.
+            (Upkeep::Close, Ok(evidence)) if closed && evidence.change == Change::Already => {}
             (Upkeep::Close, Ok(evidence)) => {
                 warn!(%group, %plane, seen = evidence.seen, "closed, the lease ends");
                 self.mark(place, true);

@@ -125,6 +125,7 @@ impl Lead {
     /// Another try for failed steps, after a pause that grows.
     fn retry(&mut self, run: &Run, now: Instant) -> Option<Entry> {
         let attempts = run.steps.iter().filter_map(|s| match s.status {
+            Status::Failed { .. } if run.aborting.is_some() => None, // given up with the run
             Status::Failed { attempt, .. } if run.taken.is_some() || attempt < s.plan.attempts => {
                 Some(attempt)
             }

@@ -23,6 +23,15 @@ use crate::clock::{Gaps, boot_id, now, wall};
 /// How often the clock is looked at for a gap or a jump.
 const TICK: Duration = Duration::from_millis(100);
 
+/// A session above the known one that no other process of this site ever opens: two that
+/// die young read the same known one, and a copy of the first one's renewal, applied
+/// before the second's was sent, must not pass for it.
+fn session_above(known: u64) -> u64 {
+    const OWN_BITS: u32 = 20;
+    let own = u64::try_from(ulid::Ulid::new().random() & ((1 << OWN_BITS) - 1)).unwrap_or(0);
+    (((known >> OWN_BITS) + 1) << OWN_BITS) | own
+}
+
 /// The lease of this site, and what it knows of the others'.
 pub struct LeaseKeeper {
     me: SiteId,
@@ -110,7 +119,7 @@ impl LeaseKeeper {
     pub async fn renew(&self, engine: Arc<dyn LogEngine>) {
         let session = loop {
             if engine.barrier(Instant::now() + self.profile.hold).await.is_ok() {
-                break engine.state().sites.get(&self.me).map_or(1, |known| known.session + 1);
+                break session_above(engine.state().sites.get(&self.me).map_or(0, |known| known.session));
             }
             tokio::time::sleep(self.profile.heartbeat).await;
         };
