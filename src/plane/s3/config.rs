@@ -131,12 +131,12 @@ impl Config {
     /// Checks the section against the group's spec.
     ///
     /// Errors: the first fault, naming its key. Reads files, asks no network.
-    pub(crate) fn check(&self, spec: &GroupSpec, site: &SiteId) -> Result<Checked, BuildError> {
+    pub(crate) fn check(self, spec: &GroupSpec, site: SiteId) -> Result<Checked, BuildError> {
         let s3 = spec.s3.as_ref().ok_or_else(|| fault("group s3", "the group has no [s3]"))?;
-        if !spec.sites.contains(site) {
+        if !spec.sites.contains(&site) {
             return Err(fault("group sites", format!("{site} is not among them")));
         }
-        let peer = spec.other(site).ok_or_else(|| fault("group sites", "there is no other site"))?.clone();
+        let peer = spec.other(&site).ok_or_else(|| fault("group sites", "there is no other site"))?.clone();
         if !s3.writers.contains(&self.canary_access_key) {
             return Err(fault(
                 "s3.canary_access_key",
@@ -152,7 +152,7 @@ impl Config {
         if !self.releases_dir.is_absolute() {
             return Err(fault("s3.releases_dir", format!("{} is not absolute", self.releases_dir.display())));
         }
-        let (own_endpoint, own_keys) = self.at(site)?;
+        let (own_endpoint, own_keys) = self.at(&site)?;
         let (peer_endpoint, peer_keys) = self.at(&peer)?;
         if own_endpoint == peer_endpoint {
             return Err(fault(
@@ -170,18 +170,18 @@ impl Config {
         Ok(Checked {
             spec: s3.clone(),
             lag_objects_max: spec.policy.lag_objects_max,
-            site: site.clone(),
+            site,
             peer,
             own_endpoint,
             peer_endpoint,
             own_keys,
             peer_keys,
             canary_keys: Keys {
-                access: self.canary_access_key.clone(),
+                access: self.canary_access_key,
                 secret: secret("s3.canary_secret_key_file", &self.canary_secret_key_file)?,
             },
-            region: self.region.clone(),
-            releases_dir: self.releases_dir.clone(),
+            region: self.region,
+            releases_dir: self.releases_dir,
             ca_pem,
         })
     }
@@ -212,7 +212,7 @@ mod tests {
     #[test]
     fn refuses_a_secret_that_others_may_read() -> Result<(), Box<dyn std::error::Error>> {
         let (_dir, config, spec) = parts(0o644)?;
-        let refused = config.check(&spec, &SiteId::new("rome")?).err();
+        let refused = config.clone().check(&spec, SiteId::new("rome")?).err();
         assert!(refused.is_some_and(|e| e.why.contains("0644")));
         Ok(())
     }
@@ -220,9 +220,9 @@ mod tests {
     #[test]
     fn refuses_a_canary_that_no_fence_would_stop() -> Result<(), Box<dyn std::error::Error>> {
         let (_dir, mut config, spec) = parts(0o600)?;
-        assert!(config.check(&spec, &SiteId::new("rome")?).is_ok());
+        assert!(config.clone().check(&spec, SiteId::new("rome")?).is_ok());
         config.canary_access_key = "other".into();
-        let refused = config.check(&spec, &SiteId::new("rome")?).err();
+        let refused = config.clone().check(&spec, SiteId::new("rome")?).err();
         assert_eq!(refused.map(|e| e.key).as_deref(), Some("s3.canary_access_key"));
         Ok(())
     }
@@ -233,7 +233,7 @@ mod tests {
         if let Some(fra) = config.sites.get_mut(&SiteId::new("fra")?) {
             fra.endpoint = "http://127.1.1.1:1/".into();
         }
-        assert!(config.check(&spec, &SiteId::new("rome")?).is_err());
+        assert!(config.clone().check(&spec, SiteId::new("rome")?).is_err());
         assert!(toml::from_str::<SiteConfig>("endpoint = \"http://a\"\nwho = 1\n").is_err());
         Ok(())
     }

@@ -123,23 +123,26 @@ impl Copier {
         let shape = Shape::of(&head);
         drop(head);
         let what = format!("write {} in parts", from.key);
-        let begun = self
-            .ours
-            .client
-            .create_multipart_upload()
-            .bucket(&self.ours.bucket)
-            .key(&from.key)
-            .set_content_type(shape.content_type)
-            .set_content_encoding(shape.content_encoding)
-            .set_metadata(shape.metadata)
-            .send()
-            .await
-            .map_err(|e| PlaneError::failed(what.clone(), &e))?;
+        let begun = Box::pin(
+            self.ours
+                .client
+                .create_multipart_upload()
+                .bucket(&self.ours.bucket)
+                .key(&from.key)
+                .set_content_type(shape.content_type)
+                .set_content_encoding(shape.content_encoding)
+                .set_metadata(shape.metadata)
+                .send(),
+        )
+        .await
+        .map_err(|e| PlaneError::failed(what.clone(), &e))?;
         let id = begun.upload_id().unwrap_or_default().to_owned();
         let done = self.parts(from, &id).await;
         if !matches!(done, Ok(Copied::Here { .. })) {
             let abort = self.ours.client.abort_multipart_upload();
-            if let Err(e) = abort.bucket(&self.ours.bucket).key(&from.key).upload_id(&id).send().await {
+            if let Err(e) =
+                Box::pin(abort.bucket(&self.ours.bucket).key(&from.key).upload_id(&id).send()).await
+            {
                 tracing::warn!(key = %from.key, error = %dc_plane::chain(&e), "upload in parts left open");
             }
         }
@@ -162,11 +165,7 @@ impl Copier {
             }
             sum.update(&body);
             let part = self.ours.client.upload_part().bucket(&self.ours.bucket).key(&from.key);
-            let sent = part
-                .upload_id(id)
-                .part_number(number)
-                .body(body.into())
-                .send()
+            let sent = Box::pin(part.upload_id(id).part_number(number).body(body.into()).send())
                 .await
                 .map_err(|e| PlaneError::failed(what.clone(), &e))?;
             done.push(CompletedPart::builder().part_number(number).set_e_tag(sent.e_tag).build());
@@ -174,7 +173,9 @@ impl Copier {
         }
         let whole = CompletedMultipartUpload::builder().set_parts(Some(done)).build();
         let ended = self.ours.client.complete_multipart_upload().bucket(&self.ours.bucket).key(&from.key);
-        ended.upload_id(id).multipart_upload(whole).send().await.map_err(|e| PlaneError::failed(what, &e))?;
+        Box::pin(ended.upload_id(id).multipart_upload(whole).send())
+            .await
+            .map_err(|e| PlaneError::failed(what, &e))?;
         // the answer to a completion has no ETag in some stores: ask the object
         let Some((_, etag)) = self.ours.head(&from.key).await? else { return Ok(Copied::Moved) };
         self.read_back(&from.key, unquoted(Some(&etag)), sum.finalize().into()).await
@@ -210,16 +211,21 @@ impl Copier {
 
 /// Tries what conditions on writes this store honours, on a probe object of our own.
 ///
-/// Some stores answer 200 and overwrite; what is not seen to be refused is not used.
+/// Some stores answer 200 and overwrite, some take a deleted object's marker for the object; what is not seen to
+/// be right both ways is not used.
 pub(crate) async fn probe_conditions(ours: &Store, key: &str) -> Result<Conditions, PlaneError> {
     let (body, shape) = (Bytes::from_static(b"conditions\n"), Shape::default());
-    let Some(etag) = ours.put(key, body.clone(), &Condition::Any, &shape).await? else {
-        return Ok(Conditions::default());
+    let put = |condition: Condition| {
+        let (body, shape) = (body.clone(), shape.clone());
+        async move { ours.put(key, body, &condition, &shape).await }
     };
-    let absent = ours.put(key, body.clone(), &Condition::Absent, &shape).await?.is_none();
-    let wrong = Condition::Is("00000000000000000000000000000000".into());
-    let stale = ours.put(key, body.clone(), &wrong, &shape).await?.is_none();
-    let fresh = ours.put(key, body, &Condition::Is(etag), &shape).await?.is_some();
+    put(Condition::Any).await?;
     ours.remove(key).await?;
-    Ok(Conditions { absent, is: stale && fresh })
+    let into_nothing = put(Condition::Absent).await?.is_some();
+    let Some(etag) = put(Condition::Any).await? else { return Ok(Conditions::default()) };
+    let over_one = put(Condition::Absent).await?.is_none();
+    let stale = put(Condition::Is("00000000000000000000000000000000".into())).await?.is_none();
+    let fresh = put(Condition::Is(etag)).await?.is_some();
+    ours.remove(key).await?;
+    Ok(Conditions { absent: into_nothing && over_one, is: stale && fresh })
 }

@@ -17,7 +17,6 @@ use tokio::time::Instant;
 use crate::config::{BuildError, Checked, Config};
 use crate::copy::{Conditions, Copier};
 use crate::materialise::Shelf;
-use crate::memory;
 use crate::passes::{Last, Mode};
 use crate::publish::Names;
 use crate::pull::Report;
@@ -38,7 +37,7 @@ pub(crate) struct Here {
     pub(crate) proved: Mutex<Option<Conditions>>,
     pub(crate) last: Mutex<Last>,
     pub(crate) copier: Arc<Copier>,
-    pub(crate) memory: PathBuf,
+    pub(crate) data_dir: PathBuf,
     pub(crate) running: Mutex<Option<Arc<AtomicBool>>>,
     pub(crate) followers: Mutex<Option<tokio::task::AbortHandle>>,
 }
@@ -49,9 +48,9 @@ struct S3Plane(Arc<Here>);
 ///
 /// Repeat: safe, changes nothing but making `data_dir`. Errors: everything that can be found wrong without a network.
 pub fn build(
-    config: &Config,
+    config: Config,
     spec: &GroupSpec,
-    site: &SiteId,
+    site: SiteId,
     data_dir: PathBuf,
 ) -> Result<Arc<dyn Plane>, BuildError> {
     let cfg = config.check(spec, site)?;
@@ -76,13 +75,13 @@ pub fn build(
         puller: Arc::new(tokio::sync::Mutex::new(())),
         proved: Mutex::new(None),
         last: Mutex::new(Last::default()),
-        memory: memory::path(&data_dir, spec.name.as_str()),
         running: Mutex::new(None),
         followers: Mutex::new(None),
         own,
         peer,
         canary,
         state,
+        data_dir,
         cfg,
     }))))
 }
@@ -108,7 +107,7 @@ impl Here {
         let mut evidence = self.preflight(act, until).await?;
         if self.cfg.site == act.source && evidence.blocking().next().is_none() {
             let count = self.remember_own(until).await?;
-            evidence.seen.push_str(&format!("; {count} objects of this site remembered"));
+            evidence.seen = format!("{}; {count} objects of this site remembered", evidence.seen);
         }
         Ok(evidence)
     }
@@ -153,10 +152,15 @@ impl Here {
     async fn last_pass(self: &Arc<Self>, act: &Act, until: Deadline) -> Result<Evidence, PlaneError> {
         self.may_pull(act)?;
         let began = Instant::now();
-        let release = self.releases(act, until).await?;
+        let (release, first) =
+            tokio::join!(self.releases(act, until), self.pass(Mode::Bring, act.epoch, until));
+        let (release, mut first) = (release?, Some(first?));
         let (mut brought, mut bytes, mut backlog) = (0, 0, None);
         let report = loop {
-            let report = self.pass(Mode::Bring, act.epoch, until).await?;
+            let report = match first.take() {
+                Some(report) => report,
+                None => self.pass(Mode::Bring, act.epoch, until).await?,
+            };
             brought += report.brought;
             bytes += report.brought_bytes;
             backlog.get_or_insert(report.pending);
@@ -188,7 +192,7 @@ impl Here {
             let why = format!("{} is not the site that shall hold the group", self.cfg.site);
             return Err(PlaneError::refused("DC-0513", why));
         }
-        self.opening(by)?;
+        opening(by)?;
         self.end_puller(act.epoch, until).await?;
         let evidence = self
             .reopen(
@@ -202,13 +206,6 @@ impl Here {
             )
             .await?;
         Ok(Evidence { seen: format!("puller ended, nothing in flight; {}", evidence.seen), ..evidence })
-    }
-
-    fn opening(&self, by: &Authority) -> Result<(), PlaneError> {
-        if by.may_open() {
-            return Ok(());
-        }
-        Err(PlaneError::refused("DC-0513", "this authority may only close"))
     }
 
     /// Turns this site to pulling: writers denied here, one full pass done, and on for a while.
@@ -320,6 +317,14 @@ impl Here {
     }
 }
 
+/// Refuses an authority that may only close.
+fn opening(by: &Authority) -> Result<(), PlaneError> {
+    if by.may_open() {
+        return Ok(());
+    }
+    Err(PlaneError::refused("DC-0513", "this authority may only close"))
+}
+
 /// The plane's own act of an act.
 fn s3_act(act: &Act) -> Result<S3Act, PlaneError> {
     match act.name {
@@ -382,11 +387,11 @@ impl Plane for S3Plane {
         let here = &self.0;
         match s3_act(act)? {
             S3Act::FenceWriters => {
-                here.opening(by)?;
+                opening(by)?;
                 here.unfence(act.run.as_ref(), until).await
             }
             S3Act::SelfClose => {
-                here.opening(by)?;
+                opening(by)?;
                 here.unclose(by, until).await
             }
             S3Act::OpenWriters => Err(PlaneError::refused(

@@ -39,10 +39,10 @@ impl Here {
     /// Puts the Deny in or takes it out, and reads the policy back. Whether anything changed.
     async fn set_fence(&self, closed: bool) -> Result<bool, PlaneError> {
         let _one = POLICY.lock().await;
-        if self.fenced().await? == closed {
+        let text = self.own.policy().await?;
+        if policy::is_fenced(text.as_deref(), &self.group, &self.cfg.spec).map_err(|e| bad(&e))? == closed {
             return Ok(false);
         }
-        let text = self.own.policy().await?;
         let next = if closed {
             policy::with_fence(text.as_deref(), &self.group, &self.cfg.spec).map(Some)
         } else {
@@ -60,6 +60,15 @@ impl Here {
                 self.own.site
             ),
         })
+    }
+
+    /// Writes the policy again as it stands: proves the right to change it and changes nothing.
+    pub(crate) async fn rewrite_policy(&self) -> Result<(), PlaneError> {
+        let _one = POLICY.lock().await;
+        match self.own.policy().await? {
+            Some(text) => self.own.set_policy(Some(&text)).await,
+            None => Ok(()),
+        }
     }
 
     /// Waits until a writer's own PUT is answered as it must be, `times` in a row.

@@ -11,11 +11,11 @@ use tokio::time::Instant;
 use crate::copy::{Conditions, probe_conditions};
 use crate::driver::Here;
 use crate::join::{Below, Lister};
-use crate::memory::{Memory, Row};
+use crate::memory::{self, Memory, Row};
 use crate::pull::{self, Order, Report, Take};
 
 /// How long a site that turned to pulling goes on by itself, until its upkeep takes over.
-const FOLLOW: Duration = Duration::from_secs(120);
+const FOLLOW: Duration = Duration::from_mins(2);
 /// Between two passes of such a site.
 const FOLLOW_EVERY: Duration = Duration::from_millis(500);
 
@@ -88,7 +88,7 @@ impl Here {
         let _ends = StopOnDrop(Arc::clone(&stop));
         *self.running.lock() = Some(Arc::clone(&stop));
         let proved = until.bound("a probe of conditional writes", self.conditions()).await??;
-        let memory = Memory::open(&self.memory)?;
+        let memory = Memory::open(&memory::path(&self.data_dir, self.group.as_str()))?;
         let order = Order {
             copier: Arc::clone(&self.copier),
             prefix: format!("{}/", self.cfg.spec.log_prefix),
@@ -149,7 +149,7 @@ impl Here {
     /// Whatever is unchanged later was seen by the other site's last pass; whatever is not, was written after this.
     pub(crate) async fn remember_own(&self, until: Deadline) -> Result<u64, PlaneError> {
         let _one = until.bound("the pass that runs", self.puller.lock()).await?;
-        let memory = Memory::open(&self.memory)?;
+        let memory = Memory::open(&memory::path(&self.data_dir, self.group.as_str()))?;
         let prefix = format!("{}/", self.cfg.spec.log_prefix);
         let mut lister = Lister::new(Below { store: self.own.clone(), prefix });
         let (mut rows, mut count) = (Vec::new(), 0);

@@ -80,7 +80,6 @@ pub(crate) async fn put_proved(store: &Store, key: &str, body: Bytes) -> Result<
 
 struct Publisher {
     group: GroupName,
-    site: SiteId,
     store: Store,
     names: Names,
     limits: Limits,
@@ -89,7 +88,7 @@ struct Publisher {
 /// Builds the publisher of a group at this site.
 ///
 /// Errors: as of the plane itself; asks no network.
-pub fn publisher(config: &Config, spec: &GroupSpec, site: &SiteId) -> Result<Arc<dyn Releases>, BuildError> {
+pub fn publisher(config: Config, spec: &GroupSpec, site: SiteId) -> Result<Arc<dyn Releases>, BuildError> {
     let checked = config.check(spec, site)?;
     let http = http(checked.ca_pem.as_deref()).map_err(|why| BuildError { key: "s3.ca_file".into(), why })?;
     let place = (&checked.site, checked.own_endpoint.as_str());
@@ -97,7 +96,6 @@ pub fn publisher(config: &Config, spec: &GroupSpec, site: &SiteId) -> Result<Arc
         Store::new(http, place, &checked.spec.bucket, &checked.region, &checked.own_keys, Retries::Some);
     Ok(Arc::new(Publisher {
         group: spec.name.clone(),
-        site: checked.site.clone(),
         store,
         names: Names::new(&checked.spec.dag_prefix),
         limits: Limits::default(),
@@ -177,21 +175,21 @@ pub(crate) async fn seal(
     let sealed = manifest.seal(group, &store.site, sealing);
     let body = serde_json::to_vec(&sealed).map_err(|e| PlaneError::failed("write the manifest", &e))?;
     let key = names.release(release);
-    let stands = store.get(&key, MANIFEST_BYTES).await?;
-    let stands = stands.and_then(|b| serde_json::from_slice::<SealedManifest>(&b).ok());
-    let had = stands.is_some_and(|s| s.release == *release && s.files == sealed.files);
+    let found = store.get(&key, MANIFEST_BYTES).await?;
+    let found = found.and_then(|b| serde_json::from_slice::<SealedManifest>(&b).ok());
+    let had = found.is_some_and(|s| s.release == *release && s.files == sealed.files);
     if !had {
         put_proved(store, &key, Bytes::from(body)).await?;
     }
     let current = store.get(&names.current(), MANIFEST_BYTES).await?;
     let pointer = current.and_then(|b| serde_json::from_slice::<DagRelease>(&b).ok());
-    let pointed = pointer.is_some_and(|p| p == *release || p.serial > release.serial);
-    if !pointed {
+    let stands = pointer.is_some_and(|p| p == *release || p.serial > release.serial);
+    if !stands {
         let body = serde_json::to_vec(release).map_err(|e| PlaneError::failed("write the pointer", &e))?;
         put_proved(store, &names.current(), Bytes::from(body)).await?;
     }
     let seen = format!("{key} and its pointer stand at {}, read back", store.site);
-    Ok(if had && pointed { Evidence::already(seen) } else { Evidence::changed(seen) })
+    Ok(if had && stands { Evidence::already(seen) } else { Evidence::changed(seen) })
 }
 
 #[async_trait]
@@ -201,7 +199,6 @@ impl Releases for Publisher {
     }
 
     async fn seal(&self, sealing: &Sealing, until: Deadline) -> Result<Evidence, PlaneError> {
-        debug_assert_eq!(self.store.site, self.site);
         until.bound("publish the release", seal(&self.store, &self.names, &self.group, sealing)).await?
     }
 }
@@ -249,10 +246,11 @@ async fn blob(
     size: u64,
 ) -> Result<(Bytes, bool), PlaneError> {
     let key = names.blob(sha);
-    if let Some(body) = ours.get(&key, size).await.ok().flatten() {
-        if sha256(&body) == sha {
-            return Ok((body, false));
-        }
+    match ours.get(&key, size).await {
+        Ok(Some(body)) if sha256(&body) == sha => return Ok((body, false)),
+        Err(e @ (PlaneError::Unreachable { .. } | PlaneError::TimedOut { .. })) => return Err(e),
+        // missing, damaged or of another length: replaced from the other site
+        _ => {}
     }
     let missing = || {
         PlaneError::refused(

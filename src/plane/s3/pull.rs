@@ -114,10 +114,9 @@ enum Verdict {
 fn decide(theirs: &Listed, ours: Option<&Listed>, row: Option<&Row>) -> Verdict {
     let Some(ours) = ours else { return Verdict::Missing };
     let same_size = theirs.size == ours.size;
-    if let Some(row) = row {
-        if row.theirs == theirs.etag && row.ours == ours.etag && same_size && row.size == ours.size {
-            return Verdict::Same;
-        }
+    let remembered = |row: &Row| row.theirs == theirs.etag && row.ours == ours.etag && row.size == ours.size;
+    if same_size && row.is_some_and(remembered) {
+        return Verdict::Same;
     }
     if same_size && theirs.etag == ours.etag && !ours.etag.is_empty() {
         return Verdict::Learn;
@@ -242,10 +241,10 @@ impl Pass {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
         };
-        if self.order.take != Take::Nothing {
-            self.flying.push(Box::pin(work(Arc::clone(&self.order), verdict, theirs, ours)));
-        } else {
+        if self.order.take == Take::Nothing {
             self.report.left += 1;
+        } else {
+            self.flying.push(Box::pin(work(Arc::clone(&self.order), verdict, theirs, ours)));
         }
         Ok(())
     }

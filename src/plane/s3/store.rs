@@ -116,7 +116,7 @@ impl Store {
         let timeouts = TimeoutConfig::builder()
             .connect_timeout(Duration::from_secs(3))
             .read_timeout(Duration::from_secs(10))
-            .operation_attempt_timeout(Duration::from_secs(60))
+            .operation_attempt_timeout(Duration::from_mins(1))
             .build();
         let config = aws_sdk_s3::Config::builder()
             .behavior_version(BehaviorVersion::v2026_01_12())
@@ -162,15 +162,16 @@ impl Store {
     /// One page of the objects below a prefix, from where the last page ended.
     pub(crate) async fn page(&self, prefix: &str, from: Option<&str>) -> Result<Page, PlaneError> {
         let what = format!("list {}/{prefix}", self.bucket);
-        let answer = self
-            .client
-            .list_objects_v2()
-            .bucket(&self.bucket)
-            .prefix(prefix)
-            .set_continuation_token(from.map(str::to_owned))
-            .send()
-            .await
-            .map_err(|e| self.told(&what, &e))?;
+        let answer = Box::pin(
+            self.client
+                .list_objects_v2()
+                .bucket(&self.bucket)
+                .prefix(prefix)
+                .set_continuation_token(from.map(str::to_owned))
+                .send(),
+        )
+        .await
+        .map_err(|e| self.told(&what, &e))?;
         let next = match (answer.is_truncated(), answer.next_continuation_token()) {
             (Some(true), Some(token)) if Some(token) != from => Some(token.to_owned()),
             (Some(true), _) => return Err(self.untrusted("a page says more follows and does not say where")),
@@ -204,15 +205,16 @@ impl Store {
         etag: Option<&str>,
         range: Option<String>,
     ) -> Result<Option<GetObjectOutput>, PlaneError> {
-        let sent = self
-            .client
-            .get_object()
-            .bucket(&self.bucket)
-            .key(key)
-            .set_if_match(etag.map(quoted))
-            .set_range(range)
-            .send()
-            .await;
+        let sent = Box::pin(
+            self.client
+                .get_object()
+                .bucket(&self.bucket)
+                .key(key)
+                .set_if_match(etag.map(quoted))
+                .set_range(range)
+                .send(),
+        )
+        .await;
         match sent {
             Ok(found) if etag.is_none_or(|e| unquoted(found.e_tag()) == e) => Ok(Some(found)),
             Ok(_) => Ok(None),
@@ -253,7 +255,7 @@ impl Store {
 
     /// Size and ETag of an object, if it is there.
     pub(crate) async fn head(&self, key: &str) -> Result<Option<(u64, String)>, PlaneError> {
-        match self.client.head_object().bucket(&self.bucket).key(key).send().await {
+        match Box::pin(self.client.head_object().bucket(&self.bucket).key(key).send()).await {
             Ok(found) => {
                 let size = found.content_length().and_then(|n| u64::try_from(n).ok()).unwrap_or(0);
                 Ok(Some((size, unquoted(found.e_tag()))))
@@ -285,7 +287,7 @@ impl Store {
             Condition::Absent => call.if_none_match("*"),
             Condition::Is(etag) => call.if_match(quoted(etag)),
         };
-        match call.send().await {
+        match Box::pin(call.send()).await {
             Ok(done) => Ok(Some(unquoted(done.e_tag()))),
             Err(e) if *condition != Condition::Any && matches!(status(&e), Some(404 | 409 | 412)) => Ok(None),
             Err(e) => Err(self.told(&format!("write {key}"), &e)),
@@ -294,7 +296,7 @@ impl Store {
 
     /// Removes one of our own probe objects. Absent is as good.
     pub(crate) async fn remove(&self, key: &str) -> Result<(), PlaneError> {
-        match self.client.delete_object().bucket(&self.bucket).key(key).send().await {
+        match Box::pin(self.client.delete_object().bucket(&self.bucket).key(key).send()).await {
             Ok(_) => Ok(()),
             Err(e) if status(&e) == Some(404) => Ok(()),
             Err(e) => Err(self.told(&format!("remove {key}"), &e)),
@@ -304,12 +306,7 @@ impl Store {
     /// Copies an object within the bucket.
     pub(crate) async fn duplicate(&self, from: &str, to: &str) -> Result<(), PlaneError> {
         let source = format!("{}/{}", self.bucket, percent(from));
-        self.client
-            .copy_object()
-            .bucket(&self.bucket)
-            .key(to)
-            .copy_source(source)
-            .send()
+        Box::pin(self.client.copy_object().bucket(&self.bucket).key(to).copy_source(source).send())
             .await
             .map(drop)
             .map_err(|e| self.told(&format!("copy {from} to {to}"), &e))
@@ -318,7 +315,7 @@ impl Store {
     /// Tries a write whose only purpose is its answer.
     pub(crate) async fn knock(&self, key: &str) -> Answer {
         let body = ByteStream::from_static(b"dc-switch probes here whether writers may write\n");
-        match self.client.put_object().bucket(&self.bucket).key(key).body(body).send().await {
+        match Box::pin(self.client.put_object().bucket(&self.bucket).key(key).body(body).send()).await {
             Ok(_) => Answer::Accepted,
             Err(e) => match e.as_service_error().and_then(ProvideErrorMetadata::code) {
                 // only this code is about the right to write; a wrong key is refused too, and proves nothing
@@ -330,11 +327,7 @@ impl Store {
 
     /// Whether the bucket is there and may be read.
     pub(crate) async fn bucket_answers(&self) -> Result<(), PlaneError> {
-        self.client
-            .list_objects_v2()
-            .bucket(&self.bucket)
-            .max_keys(1)
-            .send()
+        Box::pin(self.client.list_objects_v2().bucket(&self.bucket).max_keys(1).send())
             .await
             .map(drop)
             .map_err(|e| self.told(&format!("list bucket {}", self.bucket), &e))
@@ -342,7 +335,7 @@ impl Store {
 
     /// The bucket's policy as text; none when it has none.
     pub(crate) async fn policy(&self) -> Result<Option<String>, PlaneError> {
-        match self.client.get_bucket_policy().bucket(&self.bucket).send().await {
+        match Box::pin(self.client.get_bucket_policy().bucket(&self.bucket).send()).await {
             Ok(found) => Ok(found.policy().map(str::to_owned)),
             Err(e)
                 if e.as_service_error().and_then(ProvideErrorMetadata::code)
@@ -357,20 +350,11 @@ impl Store {
     /// Replaces the bucket's policy; none removes it.
     pub(crate) async fn set_policy(&self, text: Option<&str>) -> Result<(), PlaneError> {
         match text {
-            Some(text) => self
-                .client
-                .put_bucket_policy()
-                .bucket(&self.bucket)
-                .policy(text)
-                .send()
+            Some(text) => Box::pin(self.client.put_bucket_policy().bucket(&self.bucket).policy(text).send())
                 .await
                 .map(drop)
                 .map_err(|e| self.told("write the bucket policy", &e)),
-            None => self
-                .client
-                .delete_bucket_policy()
-                .bucket(&self.bucket)
-                .send()
+            None => Box::pin(self.client.delete_bucket_policy().bucket(&self.bucket).send())
                 .await
                 .map(drop)
                 .map_err(|e| self.told("remove the bucket policy", &e)),

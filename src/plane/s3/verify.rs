@@ -12,35 +12,31 @@ use crate::driver::Here;
 use crate::passes::Mode;
 use crate::publish::put_proved;
 
+/// Most bytes of a canary.
+const MOST: u64 = 4096;
+
 impl Here {
     fn canary_key(&self, site: &dc_core::ids::SiteId) -> String {
         format!("{}/.dc/canary/{site}", self.cfg.spec.log_prefix)
     }
 
     /// At the holder: late objects saved, a canary written and seen at the other site. At the standby: one pass
-    /// that leaves nothing.
+    /// and the canary here.
     pub(crate) async fn verify(self: &Arc<Self>, act: &Act, until: Deadline) -> Result<Evidence, PlaneError> {
         if self.cfg.site != *act.new_holder() {
-            let report = self.pass(Mode::Bring, act.epoch, until).await?;
-            return self.must_be_level(&report).map(|()| {
-                Evidence::already(format!(
-                    "{} objects of {} compared, none missing or different here",
-                    report.compared, self.peer.site
-                ))
-            });
+            return self.verify_following(act, until).await;
         }
         let late = self.pass(Mode::Late, act.epoch, until).await?;
         let run = act.run.as_ref().map_or("upkeep", |r| r.0.as_str());
         let text = format!("canary of {} in epoch {}, run {run}\n", self.group, act.epoch);
         let (key, body) = (self.canary_key(&self.cfg.site), Bytes::from(text));
-        let most = 4096;
-        if self.own.get(&key, most).await?.is_none_or(|found| found != body) {
+        if self.own.get(&key, MOST).await?.is_none_or(|found| found != body) {
             until.bound("the canary to be written", put_proved(&self.own, &key, body.clone())).await??;
         }
         let began = tokio::time::Instant::now();
         let what = format!("the canary of {} to be seen at {}", self.own.site, self.peer.site);
         wait_until(until, Duration::from_millis(50), &what, || async {
-            Ok(self.peer.get(&key, most).await?.filter(|found| *found == body).map(drop))
+            Ok(self.peer.get(&key, MOST).await?.filter(|found| *found == body).map(drop))
         })
         .await?;
         let seen = format!(
@@ -60,6 +56,24 @@ impl Here {
             late.pending, self.peer.site, late.brought, late.left
         );
         Ok(evidence.with(Outcome::Findings(vec![self.finding("DC-0515", false, text)])))
+    }
+
+    /// At the standby: one pass without a failure, after which the holder's canary is here as it is there.
+    async fn verify_following(self: &Arc<Self>, act: &Act, until: Deadline) -> Result<Evidence, PlaneError> {
+        let report = self.pass(Mode::Bring, act.epoch, until).await?;
+        if let Some(why) = report.why_left {
+            return Err(why);
+        }
+        let key = self.canary_key(&self.peer.site);
+        let (theirs, ours) = tokio::join!(self.peer.get(&key, MOST), self.own.get(&key, MOST));
+        if theirs? != ours? {
+            let why = format!("{key} is not here as it is at {}", self.peer.site);
+            return Err(PlaneError::Failed { what: "see the canary".into(), why });
+        }
+        Ok(Evidence::already(format!(
+            "{} objects of {} compared, {} being rewritten there, its canary is here",
+            report.compared, self.peer.site, report.left
+        )))
     }
 
     pub(crate) fn finding(&self, code: &str, blocking: bool, text: impl Into<String>) -> Finding {
