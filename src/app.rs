@@ -154,7 +154,11 @@ impl Drivers for SiteDrivers {
             planes.push(made.map_err(|e| e.to_string())?);
         }
         if let (Some(mine), true) = (&config.s3, spec.s3.is_some()) {
-            let made = dc_plane_s3::build(mine, spec, site, room("s3"));
+            let made = dc_plane_s3::build(mine.clone(), spec, site.clone(), room("s3"));
+            planes.push(made.map_err(|e| e.to_string())?);
+        }
+        if let (Some(mine), true) = (&config.airflow, spec.airflow.is_some()) {
+            let made = dc_plane_airflow::build(mine.clone(), spec, site.clone(), room("airflow"));
             planes.push(made.map_err(|e| e.to_string())?);
         }
         let lacking: Vec<_> = spec
@@ -173,7 +177,7 @@ impl Drivers for SiteDrivers {
     fn releases(&self, spec: &GroupSpec) -> Result<Option<Arc<dyn Releases>>, String> {
         match (&self.0.s3, &spec.s3) {
             (Some(mine), Some(_)) => {
-                dc_plane_s3::publisher(mine, spec, &self.0.site).map(Some).map_err(|e| e.to_string())
+                dc_plane_s3::publisher(mine.clone(), spec, self.0.site.clone()).map(Some).map_err(|e| e.to_string())
             }
             _ => Ok(None),
         }

@@ -39,6 +39,8 @@ pub struct Config {
     pub kafka: Option<dc_plane_kafka::Config>,
     /// The site's object store.
     pub s3: Option<dc_plane_s3::Config>,
+    /// The site's Airflow.
+    pub airflow: Option<dc_plane_airflow::Config>,
 }
 
 /// Where an agent listens.
@@ -99,7 +101,7 @@ impl Config {
         if self.listen.grpc == self.listen.http {
             faults.push(format!("listen: grpc and http are both {}", self.listen.grpc));
         }
-        let planes = self.postgres.is_some() || self.kafka.is_some() || self.s3.is_some();
+        let planes = self.postgres.is_some() || self.kafka.is_some() || self.s3.is_some() || self.airflow.is_some();
         if self.witness && planes {
             faults
                 .push("witness: a witness has no planes; take away its sections or `witness = true`".into());
