@@ -17,6 +17,9 @@ use tokio::sync::oneshot;
 /// How long one call may take.
 pub(crate) const CALL_LIMIT: Duration = Duration::from_secs(2);
 
+/// Memory for pages of the file, in bytes.
+const CACHE: usize = 16 * 1024 * 1024;
+
 /// Entries by index, as JSON.
 pub(crate) const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
 /// Everything else by its word, as JSON or bytes.
@@ -74,13 +77,21 @@ impl Disk {
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(|e| failed(e.to_string()))?;
         }
-        let database = Database::create(path).map_err(|e| failed(e.to_string()))?;
-        make_tables(&database).map_err(|e| failed(e.to_string()))?;
+        if !path.exists() {
+            make(path).map_err(&failed)?;
+        }
+        let database = builder().open(path).map_err(|e| failed(e.to_string()))?;
+        Self::over(database, limit, on_death).map_err(failed)
+    }
+
+    /// Puts a thread before an open file.
+    ///
+    /// Errors: in words, when the file or the thread cannot be had.
+    pub fn over(database: Database, limit: Duration, on_death: OnDeath) -> Result<Self, String> {
+        make_tables(&database).map_err(|e| e.to_string())?;
         let (orders, todo) = mpsc::channel::<Order>();
-        std::thread::Builder::new()
-            .name("quorum-store".into())
-            .spawn(move || work(database, &todo))
-            .map_err(|e| failed(e.to_string()))?;
+        let thread = std::thread::Builder::new().name("quorum-store".into());
+        thread.spawn(move || work(database, &todo)).map_err(|e| e.to_string())?;
         Ok(Self { orders, limit, on_death })
     }
 
@@ -117,6 +128,27 @@ impl Disk {
     pub fn die(&self, why: &str) {
         (self.on_death)(why);
     }
+}
+
+/// Makes the file under another name first, so that it is there whole or not at all.
+fn make(path: &Path) -> Result<(), String> {
+    let draft = path.with_extension("draft");
+    if draft.exists() {
+        std::fs::remove_file(&draft).map_err(|e| e.to_string())?; // left by a start that died here
+    }
+    let database = builder().create(&draft).map_err(|e| e.to_string())?;
+    make_tables(&database).map_err(|e| e.to_string())?;
+    drop(database);
+    std::fs::rename(&draft, path).map_err(|e| e.to_string())?;
+    let folder = path.parent().ok_or("it has no folder")?;
+    std::fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(|e| e.to_string())
+}
+
+/// How the file is opened: the log is short, so a small cache holds all of it.
+pub(crate) fn builder() -> redb::Builder {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE);
+    builder
 }
 
 fn work(database: Database, todo: &mpsc::Receiver<Order>) {

@@ -8,6 +8,8 @@
 //! once however often it is proposed; a voter that lost its disk takes no part; a disk that
 //! hangs ends the process rather than the agreement.
 
+#[cfg(test)]
+mod crash;
 mod disk;
 mod engine;
 mod founding;
@@ -26,6 +28,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use dc_core::codes::Code;
+use dc_core::fail::{Exit, Fail};
 use dc_core::ids::{SiteId, Token};
 use dc_core::registry::{Answer, Command, Registry};
 use serde::Serialize;
@@ -136,12 +140,42 @@ pub enum ProposeError {
         /// Their size.
         bytes: usize,
     },
-    /// The engine has stopped, or this voter is not admitted. Nothing was proposed.
+    /// This voter lost its data directory and takes no part. Nothing was proposed.
+    #[error("{by} knows another data directory of this site, so it takes no part")]
+    Refused {
+        /// Who knows it.
+        by: SiteId,
+    },
+    /// The engine has stopped. Nothing was proposed.
     #[error("the quorum engine of this site is not running: {why}")]
     Stopped {
         /// Why.
         why: String,
     },
+}
+
+impl ProposeError {
+    /// The same for an operator; `what` was to be done, as in `group apply`.
+    pub fn fail(&self, what: &str) -> Fail {
+        let (code, text) = match self {
+            Self::NoLeader { .. } | Self::Stopped { .. } => {
+                ("DC-0113", format!("{what} was not done; nothing was changed"))
+            }
+            Self::Unknown { .. } => ("DC-0114", format!("{what} may have been done")),
+            Self::TooLarge { .. } => ("DC-0116", format!("{what} was not done; nothing was changed")),
+            Self::Refused { .. } => ("DC-0110", format!("{what} was not done; nothing was changed")),
+        };
+        Fail::new(Code::from_text(code), Exit::NoQuorum, text, self.to_string()).next("dc-switch status")
+    }
+}
+
+impl BarrierError {
+    /// The same for an operator; `what` was to be read.
+    pub fn fail(&self, what: &str) -> Fail {
+        let code = if matches!(self, Self::Refused { .. }) { "DC-0110" } else { "DC-0113" };
+        let text = format!("{what} is not known for certain");
+        Fail::new(Code::from_text(code), Exit::NoQuorum, text, self.to_string()).next("dc-switch status")
+    }
 }
 
 /// Why a barrier was not reached. Repeat: safe.
@@ -163,12 +197,15 @@ pub enum BarrierError {
         /// How long was waited.
         waited: Duration,
     },
-    /// The engine has stopped, or this voter is not admitted.
-    #[error("the quorum engine of this site is not running: {why}")]
-    Stopped {
-        /// Why.
-        why: String,
+    /// This voter lost its data directory and takes no part.
+    #[error("{by} knows another data directory of this site, so it takes no part")]
+    Refused {
+        /// Who knows it.
+        by: SiteId,
     },
+    /// The engine has stopped.
+    #[error("the quorum engine of this site is not running")]
+    Stopped,
 }
 
 /// A replicated log and the state that follows from it.

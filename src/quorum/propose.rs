@@ -61,7 +61,11 @@ impl<M: Machine> Inner<M> {
         if commands.len() > BATCH_MAX || body.len() > BATCH_BYTES_MAX {
             return Err(ProposeError::TooLarge { commands: commands.len(), bytes: body.len() });
         }
-        self.running().map_err(|why| ProposeError::Stopped { why })?;
+        match &*self.standing.borrow() {
+            Standing::Refused { by } => return Err(ProposeError::Refused { by: by.clone() }),
+            Standing::Stopped => return Err(ProposeError::Stopped { why: "it has stopped".into() }),
+            Standing::Member | Standing::Founding { .. } => {}
+        }
         let seq = self.seq.fetch_add(1, Ordering::Relaxed) + 1;
         let request = Request { proposer: self.id, life: self.facts.life, seq, commands };
         let mut search = Search { hint: None, avoid: None, turn: 0 };
@@ -99,13 +103,17 @@ impl<M: Machine> Inner<M> {
 
     pub async fn barrier(&self, until: Instant) -> Result<u64, BarrierError> {
         let began = Instant::now();
-        self.running().map_err(|why| BarrierError::Stopped { why })?;
+        match &*self.standing.borrow() {
+            Standing::Refused { by } => return Err(BarrierError::Refused { by: by.clone() }),
+            Standing::Stopped => return Err(BarrierError::Stopped),
+            Standing::Member | Standing::Founding { .. } => {}
+        }
         let index = self.read_index(began, until).await?;
         let mut applied = self.replica.watch();
         let reached = timeout_at(until, applied.wait_for(|applied| applied.index >= index)).await;
         match reached {
             Ok(Ok(_)) => Ok(index),
-            Ok(Err(_)) => Err(BarrierError::Stopped { why: "it has stopped".into() }),
+            Ok(Err(_)) => Err(BarrierError::Stopped),
             Err(_) => {
                 let applied = self.replica.watch().borrow().index;
                 Err(BarrierError::Behind { index, applied, waited: began.elapsed() })
@@ -129,21 +137,10 @@ impl<M: Machine> Inner<M> {
                     search.avoid = target;
                     self.look(until).await;
                 }
-                Attempt::Dead => return Err(BarrierError::Stopped { why: "it has stopped".into() }),
+                Attempt::Dead => return Err(BarrierError::Stopped),
             }
         }
         Err(BarrierError::NoQuorum { waited: began.elapsed() })
-    }
-
-    /// Whether anything can be asked of this engine at all.
-    fn running(&self) -> Result<(), String> {
-        match &*self.standing.borrow() {
-            Standing::Refused { by } => {
-                Err(format!("{by} knows another data directory of this site (DC-0110)"))
-            }
-            Standing::Stopped => Err("it has stopped".into()),
-            Standing::Member | Standing::Founding { .. } => Ok(()),
-        }
     }
 
     /// A hint, else the leader as known here unless it just did not answer, else each in turn.

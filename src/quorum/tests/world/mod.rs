@@ -53,7 +53,7 @@ type Cuts = Arc<watch::Sender<BTreeSet<(String, String)>>>;
 struct Running {
     engine: Arc<Engine<Table>>,
     stop: oneshot::Sender<()>,
-    served: tokio::task::JoinHandle<()>,
+    answering: tokio::task::JoinHandle<()>,
 }
 
 pub struct World {
@@ -160,20 +160,20 @@ impl World {
         let routes = Routes::new(engine.service());
         let (stop, stopped) = oneshot::channel();
         let server = serve(listener, self.tls[site].clone(), routes, std::future::pending());
-        let served = tokio::spawn(async move {
+        let answering = tokio::spawn(async move {
             tokio::select! {
                 ended = server => ended.unwrap(),
                 _ = stopped => {}
             }
         });
-        self.running.insert(site.to_owned(), Running { engine, stop, served });
+        self.running.insert(site.to_owned(), Running { engine, stop, answering });
     }
 
     /// Ends a voter at once, answering nothing any more.
     pub async fn down(&mut self, site: &str) {
         let running = self.running.remove(site).unwrap();
         running.stop.send(()).ok();
-        running.served.await.unwrap();
+        running.answering.await.unwrap();
         running.engine.shutdown().await;
     }
 
