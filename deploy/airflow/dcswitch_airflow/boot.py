@@ -8,9 +8,10 @@ that names its authority opens the gate. The gate is in memory only: a restarted
 whatever files lie about. One JSON object per line over the socket (mode 0600), one answer:
 
     > {"do":"status"}
-    > {"do":"open","by":{"origin":"step","epoch":"0.3","token":41}}
+    > {"do":"open","by":{"origin":"step","epoch":"0.3","token":41}}     or reopen; standby: api only
     > {"do":"close","grace_ms":1000}          api only: ends its part, keeps what is imported
-    < {"role":"writers","state":"closed|open|draining","by":null,"parts":{"scheduler":72},"pid":70}
+    < {"role":"writers","state":"closed|open|draining","by":null,"parts":{"scheduler":72},
+       "open_ms":1200,"pid":70}
     < {"error":"..."}
 
 SIGTERM drains: the scheduler first, without limit, as it waits for its running tasks; then the
@@ -145,13 +146,18 @@ class Master:
     def __init__(self, role: str, listener: socket.socket, parser) -> None:
         self.role, self.listener, self.parser = role, listener, parser
         self.state, self.by, self.token = "closed", None, -1
+        self.opened = 0.0
         self.parts: dict[str, int] = {}
         self.stopping = False
         self.code = 0
 
     def status(self) -> dict:
         """What stands."""
-        return {"role": self.role, "state": self.state, "by": self.by, "parts": self.parts, "pid": os.getpid()}
+        since = None if self.state != "open" else int((time.monotonic() - self.opened) * 1000)
+        return {
+            "role": self.role, "state": self.state, "by": self.by, "parts": self.parts,
+            "open_ms": since, "pid": os.getpid(),
+        }
 
     def spawn(self, name: str) -> None:
         """Forks one part."""
@@ -184,8 +190,9 @@ class Master:
 
     def open(self, by) -> None:
         """Opens the gate for a named authority."""
-        if not isinstance(by, dict) or by.get("origin") not in ("step", "reopen") or not by.get("epoch"):
-            raise ValueError("the gate opens only to a step or a reopen that names its epoch")
+        origins = ("step", "reopen", "standby") if self.role == "api" else ("step", "reopen")
+        if not isinstance(by, dict) or by.get("origin") not in origins or not by.get("epoch"):
+            raise ValueError(f"the gate opens only to {' or '.join(origins)} that names its epoch")
         token = by.get("token", -1)
         if not isinstance(token, int) or (by["origin"] == "step" and token < self.token):
             raise ValueError(f"token {token} is older than {self.token}")
@@ -194,6 +201,7 @@ class Master:
         if self.state == "open":
             return
         self.token, self.by, self.state = max(token, self.token), by, "open"
+        self.opened = time.monotonic()
         if threading.active_count() != 1:
             say("threads before the fork:", [thread.name for thread in threading.enumerate()])
         for name in PARTS[self.role]:

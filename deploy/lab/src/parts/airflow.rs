@@ -6,6 +6,7 @@
 //! matter, and a start brings up what is down and leaves it shut.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -30,7 +31,7 @@ const SETTINGS: &str = include_str!("../../parts-data/airflow/settings.env");
 const PYTHONS: [&str; 3] = ["/usr/bin/python3.11", "/usr/bin/python3", "/usr/local/bin/python3.11"];
 const UNITS: [&str; 2] = ["api", "writers"];
 /// How long an interpreter may take to import Airflow, with everything else starting beside it.
-const WARM_LIMIT: Duration = Duration::from_secs(180);
+const WARM_LIMIT: Duration = Duration::from_mins(3);
 /// How long writers may take to end their tasks when the lab goes down.
 const STOP_GRACE_MS: u64 = 5_000;
 
@@ -111,7 +112,7 @@ async fn system_python() -> Result<PathBuf> {
     let mut apt = Command::new("apt-get");
     apt.args(["install", "-y", "--no-install-recommends", "python3.11", "python3.11-venv"])
         .env("DEBIAN_FRONTEND", "noninteractive");
-    process::run(&mut apt, Duration::from_secs(600)).await.context("install python3.11")?;
+    process::run(&mut apt, Duration::from_mins(10)).await.context("install python3.11")?;
     fitting_python().await.context("the packages python3.11 and python3.11-venv brought no Python 3.11")
 }
 
@@ -356,7 +357,7 @@ pub fn agent_toml(world: &World, site: &Site) -> String {
     );
     for at in DATA_SITES {
         let (host, port) = world.link(site, &at, port::AIRFLOW_API);
-        text.push_str(&format!("[airflow.sites.{at}]\napi = \"http://{host}:{port}\"\n"));
+        let _ = writeln!(text, "[airflow.sites.{at}]\napi = \"http://{host}:{port}\"");
     }
     text
 }
