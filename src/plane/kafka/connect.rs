@@ -57,6 +57,11 @@ impl Status {
             && self.tasks.iter().all(|task| task.state == "RUNNING")
     }
 
+    /// Connector or a task has FAILED: it stays so until it is started again.
+    pub fn has_failed(&self) -> bool {
+        [&self.connector].into_iter().chain(&self.tasks).any(|part| part.state == "FAILED")
+    }
+
     /// STOPPED and without tasks: its positions may be set.
     pub fn is_stopped(&self) -> bool {
         self.connector.state == "STOPPED" && self.tasks.is_empty()

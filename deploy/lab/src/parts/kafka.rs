@@ -112,6 +112,7 @@ pub async fn start(world: &World) -> Result<()> {
     // Workers read it by path: no password stands in a connector's configuration.
     world.write(&mirror_file(world), &format!("password={mirror}\n"), 0o600)?;
     world.write(&world.root.join("kafka/log4j2.properties"), LOGGING, 0o644)?;
+    world.write(&hosts_file(world), &hosts(world), 0o644)?;
     let (rome, fra) = tokio::join!(start_site(world, ROME), start_site(world, FRA));
     rome.context("rome")?;
     fra.context("fra")?;
@@ -163,12 +164,34 @@ fn jaas(user: &str, password: &str, rest: &str) -> String {
     )
 }
 
+fn hosts_file(world: &World) -> PathBuf {
+    world.root.join("kafka/hosts")
+}
+
+/// Names of this machine and of the sites, the only ones that the parts know.
+///
+/// A broker asks for the name of its own address at every log-in, in the thread that serves connections: an answer
+/// that a resolver loses costs five seconds of everybody's time.
+fn hosts(world: &World) -> String {
+    let name = std::fs::read_to_string("/etc/hostname").unwrap_or_default();
+    let mut text = format!("127.0.0.1 localhost {}\n", name.trim());
+    for site in DATA_SITES {
+        text.push_str(&format!(
+            "{} {site}\n{} to-{site}\n",
+            world.ip(&site),
+            world.link_ip(&site.other(), &site)
+        ));
+    }
+    text
+}
+
 /// Java with the pinned jars; the main class and its arguments follow.
 fn java(world: &World) -> Command {
     let mut cmd = Command::new("java");
     cmd.args(JVM);
     let logging = world.root.join("kafka/log4j2.properties");
     cmd.arg(format!("-Dlog4j2.configurationFile=file:{}", logging.display()));
+    cmd.arg(format!("-Djdk.net.hosts.file={}", hosts_file(world).display()));
     cmd.arg("-cp").arg(format!("{}/libs/*", home(world).display()));
     cmd
 }

@@ -16,6 +16,8 @@ use crate::{Half, KafkaPlane, acl, canary, mirror, opening};
 /// Records per partition that `verify` compares between the two sites behind the cut.
 const COMPARED_MAX: i64 = 2_000;
 
+const RESTART_EVERY: Duration = Duration::from_millis(500);
+
 /// What to do with the positions of a connector that is to start behind `ends`.
 #[derive(Debug, PartialEq, Eq)]
 enum Start {
@@ -202,8 +204,9 @@ impl KafkaPlane {
         self.wait_given(&half.cluster, &map, &grants, until).await?;
         half.workers.resume(name, until).await?;
         let status = self.wait_running(half, name, until).await?;
+        let (offset, _) = self.progress(self.target(act)?, half, name, until).await?;
         let seen = format!(
-            "{name} at {}: {}, started behind the cut in {} partitions; {} group grants taken",
+            "{name} at {}: {}, started behind the cut in {} partitions, canary record {offset} carried; {} group grants taken",
             act.source,
             status.show(),
             ends.len(),
@@ -267,7 +270,7 @@ impl KafkaPlane {
             let Some(status) = half.workers.status(name, until).await? else {
                 return Err(failed("start the mirror", format!("{name} is gone")));
             };
-            if status.tasks.iter().any(|task| task.state == "FAILED") {
+            if status.has_failed() {
                 half.workers.restart_failed(name, until).await?;
             }
             Ok(status.runs().then_some(status))
@@ -292,7 +295,13 @@ impl KafkaPlane {
         let name = self.first_mirror(act);
         let half = self.target(act)?;
         let status = self.wait_running(half, name, until).await?;
-        let seen = format!("{}; {}; {name}: {}", deleted.seen, given.seen, status.show());
+        let (offset, _) = self.progress(self.source(act)?, half, name, until).await?;
+        let seen = format!(
+            "{}; {}; {name}: {}, canary record {offset} carried",
+            deleted.seen,
+            given.seen,
+            status.show()
+        );
         Ok(Evidence::changed(seen).with(Outcome::Mirror(name.clone())))
     }
 
@@ -302,7 +311,7 @@ impl KafkaPlane {
         let holder = self.half(act.new_holder())?;
         let other = if *act.new_holder() == act.target { &act.source } else { &act.target };
         let standby = self.half(other)?;
-        let (offset, took) = self.carry_canary(&holder.cluster, &standby.cluster, until).await?;
+        let (offset, took) = self.progress(holder, standby, self.first_mirror(act), until).await?;
         let mut seen = format!(
             "canary record {offset} of {} is readable at {other} after {} ms",
             act.new_holder(),
@@ -312,6 +321,34 @@ impl KafkaPlane {
             seen.push_str(&self.compare_tails(act, until).await?);
         }
         Ok(Evidence::changed(seen))
+    }
+
+    /// Sees a canary record carried, starting the mirror's tasks again when they have failed.
+    ///
+    /// A task that wrote in the moment between two changes of grants dies of it, and its state says RUNNING for a
+    /// while: only what is carried counts.
+    async fn progress(
+        &self,
+        holder: &Half,
+        standby: &Half,
+        mirror: &str,
+        until: Deadline,
+    ) -> Result<(i64, Duration), PlaneError> {
+        let restart = async {
+            loop {
+                tokio::time::sleep(RESTART_EVERY).await;
+                let status = standby.workers.status(mirror, until).await;
+                if status.is_ok_and(|s| s.is_some_and(|s| s.has_failed()))
+                    && let Err(cause) = standby.workers.restart_failed(mirror, until).await
+                {
+                    tracing::warn!(%mirror, %cause, "a failed task was not started again");
+                }
+            }
+        };
+        tokio::select! {
+            carried = self.carry_canary(&holder.cluster, &standby.cluster, until) => carried,
+            () = restart => Err(failed("see the mirror's progress", "no record was carried")),
+        }
     }
 
     /// Writes a canary record at the holder and waits until it is readable at the standby.

@@ -97,7 +97,7 @@ impl KafkaPlane {
             findings.push(self.finding(&act.site, "DC-0408", true, text.clone()));
             return Ok((false, text));
         };
-        let failed = [&status.connector].into_iter().chain(&status.tasks).any(|part| part.state == "FAILED");
+        let failed = status.has_failed();
         if failed {
             workers.restart_failed(name, until).await?;
             let text = format!("mirror {name} had failed and is started again: {}", status.show());

@@ -192,14 +192,16 @@ async fn tells_all_that_forbids_a_move_at_once_and_changes_nothing() {
     let at_source = codes(&world.go(K::Preflight, &s).await);
     assert!(at_source.contains("DC-0406"), "{at_source:?}");
     let facts = world.plane(&t).observe(Depth::Deep, world::soon()).await.unwrap();
-    println!("  standby with a failed mirror: {facts:?}");
-    assert!(facts.findings.iter().any(|f| f.code == "DC-0408"));
+    assert_eq!(facts.role, Some(Role::Closed), "nobody may write there: {facts:?}");
     // Upkeep takes what does not belong there, gives nothing, and starts the failed task again.
     let stood = world.go(K::Stand, &t).await;
     assert_eq!(stood.change, Change::Changed);
     assert!(codes(&stood).contains("DC-0420"), "{stood:?}");
     world.grant(&s, &foreign, false).await;
     world.undo(K::FenceMirror, &t).await;
+    world.direction = Direction::Return;
+    world.go(K::Verify, &s).await;
+    world.direction = Direction::Forward;
     let found = world.go(K::Preflight, &t).await;
     assert!(blocking(&found).is_empty(), "{:?}", blocking(&found));
     assert_eq!(world.go(K::Stand, &t).await.change, Change::Already);
