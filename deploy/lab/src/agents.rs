@@ -189,19 +189,37 @@ pub async fn switchover(world: &World, to: Site) -> Result<Moved> {
         _ => "needs_human",
     };
     let told = body["result"].as_str().unwrap_or(result);
-    Ok(Moved { run: find_run(&body), result: told.to_string(), code, said: format!("{said}{text}") })
+    Ok(Moved {
+        run: body["run"].as_str().unwrap_or_default().to_string(),
+        result: told.to_string(),
+        code,
+        said: format!("{said}{text}"),
+    })
 }
 
-fn find_run(body: &Value) -> String {
-    let run = body["run"].as_str().or_else(|| body["run"]["id"].as_str()).or_else(|| body["id"].as_str());
-    run.unwrap_or_default().to_string()
+/// A run as the product tells it.
+#[derive(Debug, Default)]
+pub struct Told {
+    /// Its steps in order.
+    pub steps: Vec<Value>,
+    /// When the holder changed, in milliseconds since 1970.
+    pub takeover_ms: Option<u64>,
 }
 
-/// The steps of a run, as the product tells them.
-pub async fn steps(world: &World, run: &str) -> Result<Vec<Value>> {
-    let text = switch(world, &["run", "show", run, "--output", "json"]).await?;
-    let body: Value = serde_json::from_str(&text).context("read the run's steps")?;
-    Ok(body["steps"].as_array().cloned().unwrap_or_default())
+/// Asks for a run that has ended or stopped.
+pub async fn run_told(world: &World, run: &str) -> Result<Told> {
+    let mut cmd = command(world, &["run", "show", run, "--output", "json"])?;
+    world.prepare(&mut cmd);
+    let out = tokio::time::timeout(READY, cmd.output()).await.context("no answer to `run show`")??;
+    let body: Value = serde_json::from_slice(&out.stdout).context("read the run's steps")?; // its code is the run's
+    let steps = body["steps"].as_array().context("the answer has no steps")?;
+    Ok(Told { steps: steps.iter().map(short).collect(), takeover_ms: body["takeover_at_ms"].as_u64() })
+}
+
+/// What the report keeps of a step.
+fn short(step: &Value) -> Value {
+    let keys = ["stage", "plane", "act", "site", "ms", "state", "at_ms"];
+    keys.iter().map(|key| ((*key).to_string(), step[*key].clone())).collect::<serde_json::Map<_, _>>().into()
 }
 
 /// Publishes a folder of DAGs as the group's newest release.

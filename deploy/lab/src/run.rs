@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::history::now_ns;
 use crate::judge::{Judge, least, least_runs};
-use crate::load::{Load, Shared, s3};
+use crate::load::{Load, Shared, airflow, s3};
 use crate::oracle::{self, Reason, Verdict, Window};
 use crate::releases::{self, Releases};
 use crate::report::{Move, Report, Settings};
@@ -244,10 +244,23 @@ async fn one_move(
         reasons.push(Reason { verdict: Verdict::Fail, check: "not_done", plane: None, number, text });
     }
     if !moved.run.is_empty() {
-        row.steps = agents::steps(world, &moved.run).await?;
+        let told = agents::run_told(world, &moved.run).await?;
+        row.drain_ms.extend(airflow_drain_ms(&told.steps).map(|ms| ("airflow", ms)));
+        if let (Some(takeover), true) = (told.takeover_ms, world.planes.contains(&Plane::Airflow)) {
+            row.scheduler_live_ms = airflow::scheduler_live_ms(world, target, takeover).await?;
+        }
+        row.steps = told.steps;
     }
     reasons.extend(judge.judge(shared, &window, &mut row).await?);
     Ok((row, reasons, window))
+}
+
+/// How long Airflow's writers took to end their tasks and be gone, as the product tells it.
+fn airflow_drain_ms(steps: &[serde_json::Value]) -> Option<f64> {
+    let drains = |s: &&serde_json::Value| {
+        s["plane"] == "airflow" && (s["act"] == "quiesce" || s["act"] == "prove_gone")
+    };
+    steps.iter().filter(drains).filter_map(|s| s["ms"].as_f64()).reduce(|a, b| a + b)
 }
 
 /// Waits until every plane has been written enough at the active site, or a minute is over: then the oracle says so.
@@ -274,7 +287,7 @@ fn enough(shared: &Shared, site: Site, from: u64, to: u64) -> bool {
             let ended = |m: &oracle::marks::Mark| {
                 m.site == site && m.phase == oracle::marks::Phase::End && m.at > from && m.at <= to
             };
-            crate::load::airflow::marks(&shared.world).iter().filter(|m| ended(m)).count() >= runs
+            airflow::marks(&shared.world).iter().filter(|m| ended(m)).count() >= runs
         }
         plane => {
             let groups = *plane != Plane::Kafka || shared.groups.committed(site, from);

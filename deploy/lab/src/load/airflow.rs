@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::history::{History, Outcome, now_ns, wall_ns};
-use crate::load::Shared;
+use crate::load::{Shared, postgres};
 use crate::oracle::marks::{Mark, parse};
 use crate::world::{DATA_SITES, Plane, Site, World, port};
 
@@ -145,6 +145,19 @@ async fn ask(shared: Arc<Shared>, history: Arc<History>, mut api: Api) {
 /// Runs that were accepted by either site up to a time.
 pub fn accepted(history: &History, to: u64) -> BTreeSet<String> {
     DATA_SITES.iter().flat_map(|s| history.acked_ids(*s, 0, to)).map(run_name).collect()
+}
+
+/// Takeover to the first scheduler that put its own row into the new site's database.
+///
+/// Errors: the database cannot be read. `None`: there is no such row.
+pub async fn scheduler_live_ms(world: &World, site: Site, takeover_ms: u64) -> Result<Option<f64>> {
+    let client = postgres::connect_to(world, site, "dclab", "airflow").await?;
+    let first = "select (extract(epoch from min(start_date)) * 1000)::float8 from job \
+                 where job_type = 'SchedulerJob' and extract(epoch from start_date) * 1000 > $1::float8";
+    let takeover = f64::from(u32::try_from(takeover_ms / 1000)?) * 1000.0
+        + f64::from(u32::try_from(takeover_ms % 1000)?);
+    let row = client.query_one(first, &[&takeover]).await.context("read Airflow's scheduler rows")?;
+    Ok(row.get::<_, Option<f64>>(0).map(|at| at - takeover))
 }
 
 /// All marks that tasks left so far. None yet: no marks.

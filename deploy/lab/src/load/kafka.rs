@@ -24,6 +24,8 @@ use crate::world::{DATA_SITES, Plane, Site, World, port};
 pub const TOPICS: [&str; 2] = ["orders", "payments"];
 /// Writers per site, each with its own producer and key.
 const WRITERS: u16 = 4;
+/// Pause of a client before it tries a closed site again, while a move is asked for.
+const OFTEN: Duration = Duration::from_millis(40);
 /// Pause between two records of a writer: four make about 300 records a second.
 const BETWEEN: Duration = Duration::from_millis(13);
 /// Records of a writer under way at once.
@@ -69,7 +71,7 @@ async fn write(shared: Arc<Shared>, history: Arc<History>, site: Site, writer: u
     while !shared.over() {
         let generation = shared.generation.load(Ordering::Relaxed);
         let Ok(producer) = producer(&shared.world, site, true, 5_000) else {
-            shared.pause().await;
+            shared.pause(OFTEN).await;
             continue;
         };
         let refused = Arc::new(AtomicBool::new(false));
@@ -79,7 +81,7 @@ async fn write(shared: Arc<Shared>, history: Arc<History>, site: Site, writer: u
         {
             seq += 1;
             if refused.swap(false, Ordering::Relaxed) {
-                shared.pause().await;
+                shared.pause(OFTEN).await;
             } else {
                 shared.sleep(BETWEEN).await;
             }

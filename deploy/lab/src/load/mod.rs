@@ -50,10 +50,12 @@ impl Shared {
         self.histories.get(&plane).with_context(|| format!("this lab has no {plane}"))
     }
 
-    /// How long a writer waits before it tries a closed site again.
-    pub async fn pause(&self) {
-        let ms = if self.moving.load(Ordering::Relaxed) { 20 } else { 250 };
-        self.sleep(Duration::from_millis(ms)).await;
+    /// Waits before a closed site is tried again: `often` while a move is asked for, else a quarter of a second.
+    ///
+    /// With several writers per site the plane is tried several times as often; more would cost the move itself.
+    pub async fn pause(&self, often: Duration) {
+        let moving = self.moving.load(Ordering::Relaxed);
+        self.sleep(if moving { often } else { Duration::from_millis(250) }).await;
     }
 
     /// Waits, or less if the load ends.

@@ -16,6 +16,8 @@ use crate::world::{Plane, Site, World, port};
 
 /// Clients per site.
 const CLIENTS: u16 = 8;
+/// Pause of a client before it tries a closed site again, while a move is asked for.
+const OFTEN: Duration = Duration::from_millis(80);
 /// Pause of a client between two commits: 8 clients make about 300 commits a second.
 const BETWEEN: Duration = Duration::from_millis(25);
 /// An answer that takes longer is none.
@@ -23,8 +25,13 @@ const ANSWER: Duration = Duration::from_secs(5);
 
 /// Connects as one of the roles of the lab. The connection ends with the client.
 pub async fn connect(world: &World, site: Site, role: &str) -> Result<Client> {
+    connect_to(world, site, role, "app").await
+}
+
+/// As [`connect`], to another database.
+pub async fn connect_to(world: &World, site: Site, role: &str, database: &str) -> Result<Client> {
     let mut config = tokio_postgres::Config::new();
-    config.host(world.ip(&site)).port(port::POSTGRES).dbname("app").user(role);
+    config.host(world.ip(&site)).port(port::POSTGRES).dbname(database).user(role);
     config.password(world.secret(&format!("postgres-{role}"))?).connect_timeout(Duration::from_secs(2));
     config.application_name(format!("dc-lab {role}"));
     let (client, connection) =
@@ -71,7 +78,7 @@ async fn write(shared: Arc<Shared>, history: Arc<History>, site: Site, writer: u
             shared.sleep(BETWEEN).await;
         } else {
             session = client.ok().filter(|c| !c.is_closed() && outcome == Outcome::Refused);
-            shared.pause().await;
+            shared.pause(OFTEN).await;
         }
     }
 }

@@ -25,6 +25,8 @@ const PREFIX: &str = "logs/dag_id=load/";
 pub const DAGS: &str = "dags/";
 /// Writers per site.
 const WRITERS: u16 = 4;
+/// Pause of a client before it tries a closed site again, while a move is asked for.
+const OFTEN: Duration = Duration::from_millis(40);
 /// Pause of a writer between two objects: four make about 30 a second.
 const BETWEEN: Duration = Duration::from_millis(130);
 
@@ -95,7 +97,7 @@ async fn write(shared: Arc<Shared>, history: Arc<History>, app: Client, site: Si
         if outcome == Outcome::Acked {
             shared.sleep(BETWEEN).await;
         } else {
-            shared.pause().await;
+            shared.pause(OFTEN).await;
         }
     }
 }
