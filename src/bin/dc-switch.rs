@@ -7,6 +7,7 @@ use clap::Parser;
 use dc_core::fail::Fail;
 use dc_surface::cli::{Cli, Roof, code, run};
 use dc_switch::config::Config;
+use dc_wire::tls::Tls;
 
 fn main() -> ExitCode {
     match run(Cli::parse(), &Roof { check_config }) {
@@ -15,17 +16,10 @@ fn main() -> ExitCode {
     }
 }
 
+/// What an agent would refuse to start on, its certificate and key included.
 fn check_config(file: &Path) -> Result<String, Fail> {
-    Config::load(file).map(|config| {
-        let planes = [
-            ("postgres", config.postgres.is_some()),
-            ("kafka", config.kafka.is_some()),
-            ("s3", config.s3.is_some()),
-            ("airflow", config.airflow.is_some()),
-        ];
-        let planes: Vec<_> = planes.into_iter().filter(|(_, has)| *has).map(|(word, _)| word).collect();
-        let planes = if planes.is_empty() { "no plane".into() } else { planes.join(", ") };
-        let voters = config.peers.len();
-        format!("site {}, profile {}, {voters} voters, {planes}", config.site, config.profile)
-    })
+    let config = Config::load(file)?;
+    let tls = Tls::load(config.tls)?;
+    let (site, profile, voters) = (config.site, config.profile, config.peers.len());
+    Ok(format!("site {site}, profile {profile}, {voters} voters, certificate of {}", tls.identity()))
 }
