@@ -6,6 +6,7 @@ use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use dc_plane::PlaneError;
 
@@ -52,7 +53,7 @@ pub(crate) fn rewrite_auto(existing: &str, ours: &[(&str, String)]) -> String {
     };
     let mut text: String = existing.lines().filter(foreign).flat_map(|line| [line, "\n"]).collect();
     for (name, value) in ours {
-        text.push_str(&format!("{name} = {}\n", setting_value(value)));
+        text.extend([name, " = ", &setting_value(value), "\n"]);
     }
     text
 }
@@ -75,6 +76,22 @@ pub(crate) fn read(path: &Path) -> Result<String, PlaneError> {
     }
 }
 
+/// What the name of a file holds that was being written.
+const FRESH: &str = ".dcswitch-";
+/// Counts files written, so that no two writers share one.
+static WRITES: AtomicU64 = AtomicU64::new(0);
+
+/// Removes what writers that died left in a folder.
+pub(crate) fn remove_leftovers(dir: &Path) -> Result<(), PlaneError> {
+    let list = fs::read_dir(dir).map_err(|e| PlaneError::failed(format!("list {}", dir.display()), &e))?;
+    for entry in list.flatten() {
+        if entry.path().is_file() && entry.file_name().to_string_lossy().contains(FRESH) {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// Replaces a file whole, by rename, keeping its owner and mode: one file of another owner stops `pg_rewind` half-way.
 ///
 /// `durable` waits for the disk. Repeat: safe.
@@ -85,7 +102,7 @@ pub(crate) fn replace(path: &Path, text: &[u8], durable: bool) -> Result<(), Pla
         Err(_) => (0o600, None),
     };
     let mut name = path.as_os_str().to_owned();
-    name.push(".dcswitch");
+    name.push(format!("{FRESH}{}-{}", std::process::id(), WRITES.fetch_add(1, Ordering::Relaxed)));
     let fresh = PathBuf::from(name);
     let mut open = fs::OpenOptions::new();
     let mut file = open.write(true).create(true).truncate(true).mode(mode).open(&fresh).map_err(fail)?;

@@ -25,6 +25,8 @@ const END: &str = "# END dc-switch";
 const PROBE_EVERY: Duration = Duration::from_millis(3);
 /// How often the process table is read while clients are being ended.
 const SWEEP_EVERY: Duration = Duration::from_millis(2);
+/// Pause between two looks that found no client: a zombie or two may still be reaped.
+const SETTLE: Duration = Duration::from_micros(500);
 
 /// What the block says.
 #[derive(Debug, Clone)]
@@ -120,7 +122,7 @@ pub(crate) enum Answer {
     Asked,
     /// It said no, with this SQLSTATE.
     Refused(String),
-    /// It closed the connection without a word.
+    /// It closed the connection without a word: the login's process was ended.
     Silent,
 }
 
@@ -173,6 +175,18 @@ async fn knock<S: AsyncRead + AsyncWrite + Unpin>(
     role: &str,
     database: &str,
 ) -> std::io::Result<Answer> {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    match greet(&mut stream, role, database).await {
+        Err(e) if [BrokenPipe, ConnectionReset, UnexpectedEof].contains(&e.kind()) => Ok(Answer::Silent),
+        other => other,
+    }
+}
+
+async fn greet<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut S,
+    role: &str,
+    database: &str,
+) -> std::io::Result<Answer> {
     let mut body = 196_608_u32.to_be_bytes().to_vec(); // protocol 3.0
     for word in ["user", role, "database", database] {
         body.extend_from_slice(word.as_bytes());
@@ -183,10 +197,7 @@ async fn knock<S: AsyncRead + AsyncWrite + Unpin>(
     stream.write_all(&length.to_be_bytes()).await?;
     stream.write_all(&body).await?;
     let mut head = [0_u8; 5];
-    match stream.read_exact(&mut head).await {
-        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => return Ok(Answer::Silent),
-        other => other?,
-    };
+    stream.read_exact(&mut head).await?;
     if head[0] == b'R' {
         return Ok(Answer::Asked);
     }
@@ -228,28 +239,43 @@ pub(crate) struct Swept {
     pub rounds: u32,
 }
 
+/// The children that count, and the living clients among them.
+pub(crate) fn look(
+    postmaster: Process,
+    born_by: u64,
+    is_client: impl Fn(&str) -> bool,
+) -> (Vec<procs::Seen>, Vec<Process>) {
+    let children = procs::children(postmaster, born_by);
+    let clients = children
+        .iter()
+        .filter(|(pid, _)| procs::title(*pid).is_some_and(|title| is_client(&title)))
+        .filter_map(|(pid, _)| Process::of(*pid))
+        .collect();
+    (children, clients)
+}
+
 /// Ends every child of the postmaster that is a client, a login under way included, until none is left.
 ///
-/// Done = three looks in a row without a client, the last over the whole process table. The door must be shut and
-/// loaded before, or new ones come. Errors: `TimedOut` naming how many survive.
+/// Only children born by `born_by` count: a moment at which the shut door was proved loaded. Whoever was born later
+/// has the new rules and is refused; a storm of such logins does not hold up the proof.
+/// Done = two looks in a row with the very same children and no client among them.
+/// Errors: `Refused` naming how many survive.
 pub(crate) async fn sweep(
     postmaster: Process,
+    born_by: u64,
     is_client: impl Fn(&str) -> bool,
     until: Deadline,
 ) -> Result<Swept, PlaneError> {
     let mut done = Swept::default();
-    let mut empty = 0;
+    let mut before = None;
     let mut told = std::collections::BTreeSet::new();
     loop {
-        let clients: Vec<Process> = procs::children(postmaster, empty >= 2)
-            .into_iter()
-            .filter(|child| procs::title(*child).is_some_and(|title| is_client(&title)))
-            .collect();
+        let (children, clients) = look(postmaster, born_by, &is_client);
         done.rounds += 1;
-        empty = if clients.is_empty() { empty + 1 } else { 0 };
-        if empty >= 3 {
+        if clients.is_empty() && before.as_ref() == Some(&children) {
             return Ok(Swept { ended: told.len(), ..done });
         }
+        before = Some(children);
         for client in &clients {
             client.signal(Signal::TERM)?;
             told.insert((client.pid, client.start));
@@ -258,9 +284,7 @@ pub(crate) async fn sweep(
             let what = format!("{} client processes outlive SIGTERM", clients.len());
             return Err(PlaneError::refused("DC-0323", what));
         }
-        if !clients.is_empty() {
-            tokio::time::sleep(SWEEP_EVERY).await;
-        }
+        tokio::time::sleep(if clients.is_empty() { SETTLE } else { SWEEP_EVERY }).await;
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use dc_core::position::Lsn;
 use dc_plane::{Deadline, PlaneError};
 
 use crate::db::{self, Db};
@@ -16,8 +15,6 @@ pub(crate) struct Snapshot {
     pub in_recovery: bool,
     /// The timeline it writes, receives or replays.
     pub timeline: u32,
-    /// Written so far by a primary, replayed so far by a standby.
-    pub reached: Option<Lsn>,
     /// Settings by name, in the server's base units.
     pub settings: BTreeMap<String, String>,
 }
@@ -32,7 +29,6 @@ select (select system_identifier::text from pg_control_system()) as system_id,
             (select min_recovery_end_timeline from pg_control_recovery()),
             (select coalesce(max(received_tli), 0) from pg_stat_wal_receiver))
         else ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int end)::int as timeline,
-       (case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end)::text as reached,
        (select jsonb_object_agg(name, setting)::text from pg_settings) as settings";
 
 impl Snapshot {
@@ -48,7 +44,6 @@ impl Snapshot {
             system_id: system_id.cast_unsigned(),
             in_recovery: db::get(&row, "in_recovery")?,
             timeline: db::get::<i32>(&row, "timeline")?.cast_unsigned(),
-            reached: db::lsn(&row, "reached")?,
             settings,
         })
     }

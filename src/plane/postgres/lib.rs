@@ -58,6 +58,7 @@ pub use config::{Address, BuildError, Config, Driver};
 ///
 /// `data_dir` is the agent's own; what must outlive the instance's data directory is kept in its folder `postgres`.
 /// Errors: the first fault, by its key. Repeat: safe.
+#[allow(clippy::needless_pass_by_value)] // the same signature for every plane
 pub fn build(
     config: Config,
     spec: &GroupSpec,

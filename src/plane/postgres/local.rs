@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use dc_core::ids::{GroupName, SiteId};
@@ -72,6 +73,8 @@ pub(crate) struct Local {
     pub other: Db,
     /// Held by whoever starts, stops, promotes or rebuilds.
     role: Mutex<()>,
+    /// When the server was last seen to have loaded a shut door, in clock ticks; 0 for open or not seen.
+    shut_since: AtomicU64,
     /// Held by whoever rewrites the door.
     door: Mutex<()>,
 }
@@ -109,6 +112,7 @@ impl Local {
             state_dir,
             marks,
             config,
+            shut_since: AtomicU64::new(0),
             role: Mutex::new(()),
             door: Mutex::new(()),
         })
@@ -204,12 +208,13 @@ impl Local {
 
     /// Writes what a role needs on disk: signal files, our settings, the shut door.
     async fn write_role(&self, part: Part<'_>) -> Result<(), PlaneError> {
-        let marks = self.marks.get().await;
+        let marks = self.marks.get()?;
         if marks.rebuilding {
             let why = "a rewind of this instance began and did not end; it follows again once the rewind is repeated";
             return Err(PlaneError::refused("DC-0329", why));
         }
         let data = &self.config.data_dir;
+        conf::remove_leftovers(data)?;
         conf::remove(&data.join("recovery.signal"))?;
         let signal = data.join("standby.signal");
         if part == Part::Primary {
@@ -306,6 +311,7 @@ impl Local {
     /// Writes the door's block without loading it. Returns the role that proves it loaded.
     async fn write_door(&self, shut: bool) -> Result<String, PlaneError> {
         let _one = self.door.lock().await;
+        self.shut_since.store(0, Ordering::Relaxed);
         self.write_block(shut)
     }
 
@@ -326,7 +332,9 @@ impl Local {
     pub async fn shut_door(&self, until: Deadline) -> Result<(), PlaneError> {
         let _one = until.bound("the door is free", self.door.lock()).await?;
         let nonce = self.write_block(true)?;
-        self.load(&nonce, until).await
+        self.load(&nonce, until).await?;
+        self.shut_since.store(procs::ticks(), Ordering::Relaxed);
+        Ok(())
     }
 
     /// Opens the door and proves it loaded, unless `forbidden` says otherwise at the last moment.
@@ -338,9 +346,10 @@ impl Local {
         until: Deadline,
     ) -> Result<(), PlaneError> {
         let _one = until.bound("the door is free", self.door.lock()).await?;
-        if let Some(no) = forbidden(&self.marks.get().await) {
+        if let Some(no) = forbidden(&self.marks.get()?) {
             return Err(no);
         }
+        self.shut_since.store(0, Ordering::Relaxed);
         let nonce = self.write_block(false)?;
         self.load(&nonce, until).await
     }
@@ -356,19 +365,41 @@ impl Local {
         Ok(door::is_shut(&conf::read(&self.rules())?))
     }
 
-    /// Ends every client process, logins under way included, until none is left.
+    /// Ends every client process, logins under way included, until none is left. The door must be shut.
     pub async fn end_clients(&self, until: Deadline) -> Result<door::Swept, PlaneError> {
         let cluster = self.cluster_name(until).await?;
+        let mut shut_since = self.shut_since.load(Ordering::Relaxed);
+        if shut_since == 0 {
+            // an earlier process of ours shut it: prove now that the server knows
+            if self.door_is_shut()? != Some(true) || !self.block_is_loaded(until).await? {
+                return Err(PlaneError::refused(
+                    "DC-0323",
+                    "the door is not shut, or the server has not read that it is",
+                ));
+            }
+            shut_since = procs::ticks();
+        }
         let (agent, sender) = (&self.config.user, &self.config.replication_user);
-        door::sweep(self.running()?, |title| door::is_client(title, &cluster, agent, sender), until).await
+        let is_client = |title: &str| door::is_client(title, &cluster, agent, sender);
+        door::sweep(self.running()?, shut_since, is_client, until).await
     }
 
-    /// How many client processes there are now, by the whole process table.
-    pub async fn count_clients(&self, until: Deadline) -> Result<usize, PlaneError> {
+    /// Whether no client is in, by two equal looks. Changes nothing.
+    pub async fn nobody_is_in(&self, until: Deadline) -> Result<bool, PlaneError> {
         let cluster = self.cluster_name(until).await?;
         let (agent, sender) = (&self.config.user, &self.config.replication_user);
-        let children = procs::children(self.running()?, true).into_iter().filter_map(procs::title);
-        Ok(children.filter(|title| door::is_client(title, &cluster, agent, sender)).count())
+        let is_client = |title: &str| door::is_client(title, &cluster, agent, sender);
+        let (postmaster, now) = (self.running()?, procs::ticks());
+        let (first, in_first) = door::look(postmaster, now, is_client);
+        let (second, in_second) = door::look(postmaster, now, is_client);
+        Ok(first == second && in_first.is_empty() && in_second.is_empty())
+    }
+
+    /// Whether the server has loaded the block that is written.
+    pub async fn block_is_loaded(&self, until: Deadline) -> Result<bool, PlaneError> {
+        let Some(nonce) = door::nonce_of(&conf::read(&self.rules())?) else { return Ok(false) };
+        let socket = Knock::Socket(&self.config.socket_dir, self.address(&self.site)?.port);
+        Ok(door::probe(&socket, &nonce, &self.config.database, until).await? == door::Answer::Asked)
     }
 
     async fn cluster_name(&self, until: Deadline) -> Result<String, PlaneError> {

@@ -4,6 +4,7 @@
 //! other site's. Marks are durable before what they announce is begun.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock};
 
 use dc_core::ids::{Epoch, RunId, Token};
 use dc_plane::PlaneError;
@@ -49,48 +50,59 @@ pub(crate) struct Marks {
     pub tool: Option<Process>,
 }
 
-/// The marks of one site, in memory and on disk.
+/// The marks of one site, on disk. Nothing is cached: what a dropped act wrote counts.
 #[derive(Debug)]
 pub(crate) struct MarkStore {
     path: PathBuf,
-    now: Mutex<Marks>,
 }
 
+/// One writer at a time in this process, whichever driver it belongs to.
+static WRITING: LazyLock<Arc<Mutex<()>>> = LazyLock::new(Arc::default);
+
 impl MarkStore {
-    /// Reads the marks; a missing file means none.
+    /// Opens the marks; a missing file means none.
     ///
     /// Errors: unreadable or not understood. Nobody may then guess that no fence stands.
     pub fn open(dir: &Path) -> Result<Self, String> {
-        let path = dir.join("marks.json");
-        let now = match std::fs::read_to_string(&path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Marks::default(),
-            Err(e) => return Err(format!("{}: {e}", path.display())),
-            Ok(text) => serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?,
-        };
-        Ok(Self { path, now: Mutex::new(now) })
+        let store = Self { path: dir.join("marks.json") };
+        store.get().map_err(|e| e.to_string())?;
+        Ok(store)
     }
 
     /// The marks as they stand.
-    pub async fn get(&self) -> Marks {
-        self.now.lock().await.clone()
+    ///
+    /// Errors: unreadable or not understood.
+    pub fn get(&self) -> Result<Marks, PlaneError> {
+        read(&self.path)
     }
 
     /// Changes the marks and returns once the change is on disk. An unchanged value costs nothing.
-    pub async fn update(&self, change: impl FnOnce(&mut Marks) + Send) -> Result<(), PlaneError> {
-        let mut now = self.now.lock().await;
-        let mut next = now.clone();
-        change(&mut next);
-        if next == *now {
-            return Ok(());
-        }
-        let text = serde_json::to_vec_pretty(&next).map_err(|e| PlaneError::failed("write marks", &e))?;
+    ///
+    /// A caller that is dropped leaves either the old marks or the new ones, and nobody writes in between.
+    pub async fn update(&self, change: impl FnOnce(&mut Marks) + Send + 'static) -> Result<(), PlaneError> {
+        let guard = Arc::clone(&WRITING).lock_owned().await;
         let path = self.path.clone();
-        tokio::task::spawn_blocking(move || conf::replace(&path, &text, true))
-            .await
-            .map_err(|e| PlaneError::failed("write marks", &e))??;
-        *now = next;
-        Ok(())
+        let write = tokio::task::spawn_blocking(move || {
+            let _one = guard;
+            let now = read(&path)?;
+            let mut next = now.clone();
+            change(&mut next);
+            if next == now {
+                return Ok(());
+            }
+            let text = serde_json::to_vec_pretty(&next).map_err(|e| PlaneError::failed("write marks", &e))?;
+            conf::replace(&path, &text, true)
+        });
+        write.await.map_err(|e| PlaneError::failed("write marks", &e))?
     }
+}
+
+fn read(path: &Path) -> Result<Marks, PlaneError> {
+    let text = conf::read(path)?;
+    if text.is_empty() && !path.exists() {
+        return Ok(Marks::default());
+    }
+    serde_json::from_str(&text).map_err(|e| PlaneError::failed(format!("read {}", path.display()), &e))
 }
 
 #[cfg(test)]
@@ -101,11 +113,12 @@ mod tests {
     async fn a_fence_is_remembered_by_the_next_process() -> anyhow::Result<()> {
         let dir = tempfile::tempdir()?;
         let store = MarkStore::open(dir.path()).map_err(anyhow::Error::msg)?;
-        assert_eq!(store.get().await, Marks::default());
+        assert_eq!(store.get()?, Marks::default());
         let mark = FenceMark { run: RunId("01A".into()), epoch: Epoch::default(), token: Token(7) };
-        store.update(|m| m.fence = Some(mark.clone())).await?;
+        let set = mark.clone();
+        store.update(|m| m.fence = Some(set)).await?;
         let again = MarkStore::open(dir.path()).map_err(anyhow::Error::msg)?;
-        assert_eq!(again.get().await.fence, Some(mark));
+        assert_eq!(again.get()?.fence, Some(mark));
         Ok(())
     }
 

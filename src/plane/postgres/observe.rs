@@ -27,7 +27,7 @@ impl Local {
     ///
     /// Errors: `Unreachable` or `TimedOut` when it runs and does not answer; a stopped one is a fact.
     pub(crate) async fn observe(&self, depth: Depth, until: Deadline) -> Result<PlaneFacts, PlaneError> {
-        let marks = self.marks.get().await;
+        let marks = self.marks.get()?;
         let mut facts = PlaneFacts {
             plane: PlaneKind::Postgres,
             role: Some(Role::Down),

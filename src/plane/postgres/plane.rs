@@ -42,7 +42,7 @@ impl Plane for Postgres {
                 PostgresAct::Promote => local.probe_promote(act, until).await,
                 PostgresAct::Open => local.probe_open(act, until).await,
                 PostgresAct::Follow => local.probe_follow(act, until).await,
-                PostgresAct::SelfClose => local.probe_self_close().await,
+                PostgresAct::SelfClose => Ok(local.probe_self_close()),
                 // these read, or are as cheap to repeat as to ask about
                 PostgresAct::Preflight
                 | PostgresAct::Checkpoint

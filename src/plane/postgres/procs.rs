@@ -86,25 +86,51 @@ pub(crate) fn postmaster(data_dir: &Path) -> Option<Process> {
     (stands_in == fs::canonicalize(data_dir).ok()?).then_some(process)
 }
 
-/// All children of a process. The quick list may miss one while others end, so a proof asks for the full one.
-pub(crate) fn children(of: Process, full: bool) -> Vec<Process> {
-    if !full && let Ok(text) = fs::read_to_string(format!("/proc/{0}/task/{0}/children", of.pid)) {
-        return text.split_whitespace().filter_map(|w| Process::of(w.parse().ok()?)).collect();
+/// One child as a look at the list saw it; without a start when it was gone before it could be asked.
+pub(crate) type Seen = (i32, Option<u64>);
+
+/// The children of a process that were born by `born_by`, zombies included, in the order of their birth.
+///
+/// The system reads its list in pieces and may miss a child while an older one that it named already is being reaped.
+/// Two equal lists in a row therefore name everybody: whoever was reaped during the first would be missing in the
+/// second. Children born later stand behind and do not disturb that.
+pub(crate) fn children(of: Process, born_by: u64) -> Vec<Seen> {
+    let mut seen = Vec::new();
+    for pid in child_numbers(of.pid) {
+        match stat(pid) {
+            Some(child) if child.start > born_by => break,
+            child => seen.push((pid, child.map(|c| c.start))),
+        }
     }
-    let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
-    all.filter_map(|entry| {
-        let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
-        let seen = stat(pid)?;
-        (seen.parent == of.pid && seen.state != 'Z').then_some(Process { pid, start: seen.start })
-    })
-    .collect()
+    seen
 }
 
-/// The title by which a server process describes itself; none once it is gone.
-pub(crate) fn title(process: Process) -> Option<String> {
-    let raw = fs::read(format!("/proc/{}/cmdline", process.pid)).ok()?;
-    let text = String::from_utf8_lossy(&raw).replace('\0', " ");
-    process.lives().then(|| text.trim().to_owned())
+fn child_numbers(of: i32) -> Vec<i32> {
+    if let Ok(text) = fs::read_to_string(format!("/proc/{of}/task/{of}/children")) {
+        return text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    }
+    // a kernel without that list: the whole table
+    let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
+    let mut found: Vec<(u64, i32)> = all
+        .filter_map(|entry| {
+            let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
+            stat(pid).filter(|s| s.parent == of).map(|s| (s.start, pid))
+        })
+        .collect();
+    found.sort_unstable();
+    found.into_iter().map(|(_, pid)| pid).collect()
+}
+
+/// Clock ticks since boot, as the process table counts births: hundredths of a second on every Linux.
+pub(crate) fn ticks() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 100 + u64::try_from(now.tv_nsec).unwrap_or(0) / 10_000_000
+}
+
+/// The title by which a server process describes itself; empty while it exits, none once it is gone.
+pub(crate) fn title(pid: i32) -> Option<String> {
+    let raw = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    Some(String::from_utf8_lossy(&raw).replace('\0', " ").trim().to_owned())
 }
 
 /// Words that a server process uses for itself. A role of such a name would look like one; preflight refuses it.
@@ -210,5 +236,6 @@ mod tests {
         let own = i32::try_from(std::process::id()).ok().and_then(Process::of);
         assert!(own.is_some_and(Process::lives));
         assert!(own.is_some_and(|p| !Process { start: p.start + 1, ..p }.lives()));
+        assert!(own.is_some_and(|p| p.start <= ticks() && ticks() < p.start + 100 * 3600));
     }
 }

@@ -24,17 +24,19 @@ const ALIVE: Duration = Duration::from_millis(500);
 impl Local {
     /// Whether clients are shut out by this very run, proved as `fence_clients` proves it.
     pub(crate) async fn probe_fence(&self, act: &Act, until: Deadline) -> Result<Progress, PlaneError> {
-        let held = self.marks.get().await.fence;
+        let held = self.marks.get()?.fence;
         let ours = held.is_some_and(|held| Some(&held.run) == act.run.as_ref());
         if !ours || self.door_is_shut()? != Some(true) || self.postmaster().is_none() {
             return Ok(Progress::NotYet);
         }
-        let refused = self.knock_all(until).await?;
-        let clients = self.count_clients(until).await?;
-        if refused.by_rule != refused.asked || !self.block_is_loaded(until).await? || clients > 0 {
+        let knocked = self.knock_all(until).await?;
+        if knocked.by_rule != knocked.asked || !self.block_is_loaded(until).await? {
             return Ok(Progress::NotYet);
         }
-        Ok(Progress::Done(Evidence::already(format!("{refused}; 0 client processes"))))
+        if !self.nobody_is_in(until).await? {
+            return Ok(Progress::NotYet);
+        }
+        Ok(Progress::Done(Evidence::already(format!("{knocked}; 0 client processes"))))
     }
 
     /// Shuts everybody out but our two roles, ends whoever is in, and proves that none is left.
@@ -46,10 +48,10 @@ impl Local {
         until: Deadline,
     ) -> Result<Evidence, PlaneError> {
         let mark = mark_of(by)?;
-        if let Some(no) = foreign_fence(&self.marks.get().await, &mark) {
+        if let Some(no) = foreign_fence(&self.marks.get()?, &mark) {
             return Err(no);
         }
-        self.marks.update(|m| m.fence = Some(mark)).await?;
+        self.marks.update(move |m| m.fence = Some(mark)).await?;
         let begun = tokio::time::Instant::now();
         self.shut_door(until).await?;
         let shut = begun.elapsed();
@@ -71,37 +73,32 @@ impl Local {
     pub(crate) async fn undo_fence(&self, by: &Authority, until: Deadline) -> Result<Evidence, PlaneError> {
         must_open(by)?;
         let mine = mark_of(by)?;
-        let marks = self.marks.get().await;
+        let marks = self.marks.get()?;
         if marks.fence.is_none() && self.door_is_shut()? == Some(false) {
             return Ok(Evidence::already("no fence stands and the door is open"));
         }
         let begun = tokio::time::Instant::now();
         self.open_door(|marks| foreign_fence(marks, &mine), until).await?;
-        self.marks.update(|m| m.fence = None).await?;
+        self.marks.update(move |m| m.fence = None).await?;
         let knocked = self.knock_all(until).await?;
         Ok(Evidence::changed(format!("door open after {:.1?}; {knocked}", begun.elapsed())))
-    }
-
-    async fn block_is_loaded(&self, until: Deadline) -> Result<bool, PlaneError> {
-        let Some(nonce) = door::nonce_of(&crate::conf::read(&self.rules())?) else { return Ok(false) };
-        let socket = Knock::Socket(&self.config.socket_dir, self.address(&self.site)?.port);
-        Ok(door::probe(&socket, &nonce, &self.config.database, until).await? == Answer::Asked)
     }
 
     /// Says the name of each application role at both doors, for each of the group's databases.
     pub(crate) async fn knock_all(&self, until: Deadline) -> Result<Knocked, PlaneError> {
         let address = self.address(&self.site)?;
         let doors = [Knock::Socket(&self.config.socket_dir, address.port), Knock::Tcp(address)];
-        let mut knocked = Knocked::default();
+        let mut logins = Vec::new();
         for role in &self.app_roles {
             for database in &self.databases {
-                for at in &doors {
-                    let answer = door::probe(at, role, database, until).await?;
-                    knocked.asked += 1;
-                    knocked.by_rule += usize::from(answer.by_rule());
-                    knocked.let_in += usize::from(answer == Answer::Asked);
-                }
+                logins.extend(doors.iter().map(|at| door::probe(at, role, database, until)));
             }
+        }
+        let mut knocked = Knocked::default();
+        for answer in futures::future::try_join_all(logins).await? {
+            knocked.asked += 1;
+            knocked.by_rule += usize::from(answer.by_rule());
+            knocked.let_in += usize::from(answer == Answer::Asked);
         }
         Ok(knocked)
     }
@@ -118,7 +115,7 @@ impl Local {
     ) -> Result<Evidence, PlaneError> {
         let mark = mark_of(by)?;
         let _one = self.role_lock(until).await?;
-        if let Some(no) = foreign_fence(&self.marks.get().await, &mark) {
+        if let Some(no) = foreign_fence(&self.marks.get()?, &mark) {
             return Err(no);
         }
         if self.postmaster().is_none() {
@@ -127,7 +124,9 @@ impl Local {
         }
         let ended = self.only_target_streams(act, until).await?;
         // a serve that comes now must find the fence, also when no act shut the clients out before
-        self.marks.update(|m| m.fence = m.fence.take().filter(|f| f.run == mark.run).or(Some(mark))).await?;
+        self.marks
+            .update(move |m| m.fence = m.fence.take().filter(|f| f.run == mark.run).or(Some(mark)))
+            .await?;
         let begun = tokio::time::Instant::now();
         let limit = Deadline(until.0.min(Deadline::within(self.policy.stop_limit.0).0));
         if let Err(e) = self.stop(Stop::Fast, limit).await {
@@ -141,7 +140,7 @@ impl Local {
 
     /// Whether the instance is stopped with a token, by this run.
     pub(crate) async fn probe_stop(&self, act: &Act, until: Deadline) -> Result<Progress, PlaneError> {
-        let ours = self.marks.get().await.fence.is_some_and(|held| Some(&held.run) == act.run.as_ref());
+        let ours = self.marks.get()?.fence.is_some_and(|held| Some(&held.run) == act.run.as_ref());
         if !ours || self.postmaster().is_some() {
             return Ok(Progress::NotYet);
         }
@@ -178,7 +177,7 @@ impl Local {
         must_open(by)?;
         let mine = mark_of(by)?;
         let _one = self.role_lock(until).await?;
-        if let Some(no) = foreign_fence(&self.marks.get().await, &mine) {
+        if let Some(no) = foreign_fence(&self.marks.get()?, &mine) {
             return Err(no);
         }
         if self.postmaster().is_some() {

@@ -55,7 +55,7 @@ impl Local {
 
     /// Whether this site follows the holder and readers are let in.
     pub(crate) async fn probe_follow(&self, act: &Act, until: Deadline) -> Result<Progress, PlaneError> {
-        if self.postmaster().is_none() || self.marks.get().await.fence.is_some() {
+        if self.postmaster().is_none() || self.marks.get()?.fence.is_some() {
             return Ok(Progress::NotYet);
         }
         let holder = Snapshot::read(&self.other, until).await?;
@@ -80,7 +80,7 @@ impl Local {
         let begun = tokio::time::Instant::now();
         let mut how = "streamed on";
         let mut seen = None;
-        if self.postmaster().is_some() && !self.marks.get().await.rebuilding {
+        if self.postmaster().is_some() && !self.marks.get()?.rebuilding {
             seen = self.streams_from(holder, there.timeline, until).await?;
         }
         let already = seen.is_some();
@@ -129,7 +129,7 @@ impl Local {
 
     /// Whether the data directory holds what the new holder's history does not, by its control file.
     async fn must_be_rebuilt(&self, act: &Act, until: Deadline) -> Result<bool, PlaneError> {
-        if self.marks.get().await.rebuilding {
+        if self.marks.get()?.rebuilding {
             return Ok(true);
         }
         self.come_down(until).await?;
@@ -179,7 +179,7 @@ impl Local {
             ))
         };
         self.open_door(later, until).await?;
-        self.marks.update(|m| (m.fence, m.self_closed) = (None, false)).await
+        self.marks.update(move |m| (m.fence, m.self_closed) = (None, false)).await
     }
 }
 

@@ -68,7 +68,7 @@ impl Local {
                 }
                 match Snapshot::read(&self.other, until).await {
                     Err(e) => {
-                        report.block("DC-0302", format!("{} of {}: {e}", self.other.place(), self.peer))
+                        report.block("DC-0302", format!("{} of {}: {e}", self.other.place(), self.peer));
                     }
                     Ok(other) => self.compare(&own, &other, &mut report),
                 }
@@ -144,7 +144,7 @@ impl Local {
         if own.setting("full_page_writes") != "on" {
             report.block("DC-0310", "full_page_writes is off; no rewind would be possible");
         }
-        let marks = self.marks.get().await;
+        let marks = self.marks.get()?;
         if let Some(held) = marks.fence.filter(|held| Some(&held.run) != act.run.as_ref()) {
             report.block(
                 "DC-0331",

@@ -96,7 +96,7 @@ impl Local {
             streaming: conf::auto_value(&auto, "max_standby_streaming_delay"),
             archive: conf::auto_value(&auto, "max_standby_archive_delay"),
         };
-        self.marks.update(|m| m.delays = m.delays.take().or(Some(were))).await?;
+        self.marks.update(move |m| m.delays = m.delays.take().or(Some(were))).await?;
         for name in ["max_standby_streaming_delay", "max_standby_archive_delay"] {
             self.own.run(until, "set a replay delay", &format!("alter system set {name} = '0'")).await?;
         }
@@ -105,7 +105,7 @@ impl Local {
 
     /// Gives the replay delays back that a run set to 0. Returns whether there were any.
     pub(crate) async fn restore_delays(&self, until: Deadline) -> Result<bool, PlaneError> {
-        let Some(were) = self.marks.get().await.delays else { return Ok(false) };
+        let Some(were) = self.marks.get()?.delays else { return Ok(false) };
         let of =
             [("max_standby_streaming_delay", were.streaming), ("max_standby_archive_delay", were.archive)];
         for (name, value) in of {
@@ -116,7 +116,7 @@ impl Local {
             self.own.run(until, "give a replay delay back", &sql).await?;
         }
         self.running()?.signal(Signal::HUP)?;
-        self.marks.update(|m| m.delays = None).await?;
+        self.marks.update(move |m| m.delays = None).await?;
         Ok(true)
     }
 

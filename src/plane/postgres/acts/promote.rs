@@ -25,7 +25,7 @@ const NUDGE_EVERY: Duration = Duration::from_millis(10);
 /// How far a switch point may lie behind a token whose record size is not known.
 const RECORD_MOST: u64 = 512;
 /// How long the checkpoint after an opening may take.
-const CHECKPOINT_LIMIT: Duration = Duration::from_secs(600);
+const CHECKPOINT_LIMIT: Duration = Duration::from_mins(10);
 
 impl Local {
     /// Waits until the target has replayed past the token, on the token's timeline.
@@ -111,7 +111,9 @@ impl Local {
             return Ok(evidence);
         }
         // set by the client fence already, as a rule: then nothing is written within the outage
-        self.marks.update(|m| m.fence = m.fence.take().filter(|f| f.run == mark.run).or(Some(mark))).await?;
+        self.marks
+            .update(move |m| m.fence = m.fence.take().filter(|f| f.run == mark.run).or(Some(mark)))
+            .await?;
         if self.postmaster().is_none() {
             self.raise(reserved, until).await?;
         }
@@ -126,7 +128,7 @@ impl Local {
             if !db::get::<&str>(&row, "names")?.is_empty() {
                 self.clear_names(until).await?;
             }
-            self.nobody_is_in(until).await?;
+            self.end_late_clients(until).await?;
             self.reserve(reserved, db::get::<i32>(&row, "timeline")?.cast_unsigned())?;
             self.leave_recovery(until).await?;
         }
@@ -161,7 +163,7 @@ impl Local {
 
     /// The door is still shut and no client slipped in since the fence. At a standby a held login would commit on the
     /// new primary.
-    async fn nobody_is_in(&self, until: Deadline) -> Result<(), PlaneError> {
+    async fn end_late_clients(&self, until: Deadline) -> Result<(), PlaneError> {
         if self.door_is_shut()? != Some(true) {
             return Err(PlaneError::refused(
                 "DC-0323",
@@ -284,7 +286,7 @@ impl Local {
     pub(crate) async fn probe_open(&self, act: &Act, until: Deadline) -> Result<Progress, PlaneError> {
         if self.postmaster().is_none()
             || self.door_is_shut()? != Some(false)
-            || self.marks.get().await.fence.is_some()
+            || self.marks.get()?.fence.is_some()
         {
             return Ok(Progress::NotYet);
         }
@@ -326,7 +328,7 @@ impl Local {
         };
         self.open_door(later, until).await?;
         let opened = begun.elapsed();
-        self.marks.update(|m| (m.fence, m.self_closed) = (None, false)).await?;
+        self.marks.update(move |m| (m.fence, m.self_closed) = (None, false)).await?;
         let knocked = self.knock_all(until).await?;
         if knocked.by_rule == knocked.asked && knocked.asked > 0 {
             tracing::warn!(

@@ -38,10 +38,10 @@ impl Local {
         self.finish_swap()?;
         self.wait_for_tool(until).await?;
         self.come_down(until).await?;
-        if !self.marks.get().await.rebuilding {
+        if !self.marks.get()?.rebuilding {
             self.quarantine(act)?;
             self.keep_own_files()?;
-            self.marks.update(|m| m.rebuilding = true).await?;
+            self.marks.update(move |m| m.rebuilding = true).await?;
         }
         self.checkpoint_at_holder(timeline, until).await?;
         let how = match self.rewind(holder, until).await {
@@ -54,7 +54,7 @@ impl Local {
             }
         };
         self.put_own_files_back()?;
-        self.marks.update(|m| m.rebuilding = false).await?;
+        self.marks.update(move |m| m.rebuilding = false).await?;
         fs::remove_dir_all(self.kept()).map_err(|e| PlaneError::failed("remove kept files", &e))?;
         Ok(how)
     }
@@ -137,12 +137,12 @@ impl Local {
 
     /// A tool of an earlier attempt still works: it is waited for, for killing it half-way ruins what it writes.
     async fn wait_for_tool(&self, until: Deadline) -> Result<(), PlaneError> {
-        let Some(tool) = self.marks.get().await.tool else { return Ok(()) };
+        let Some(tool) = self.marks.get()?.tool else { return Ok(()) };
         wait_until(until, LOOK_EVERY, "an earlier rewind or base backup ends", || async {
             Ok((!tool.lives()).then_some(()))
         })
         .await?;
-        self.marks.update(|m| m.tool = None).await
+        self.marks.update(move |m| m.tool = None).await
     }
 
     async fn rewind(&self, holder: &SiteId, until: Deadline) -> Result<(), PlaneError> {
@@ -193,9 +193,9 @@ impl Local {
         tool.stdout(Stdio::from(out.try_clone().map_err(fail)?)).stderr(Stdio::from(out)).process_group(0);
         let mut child = tool.spawn().map_err(fail)?;
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Process::of);
-        self.marks.update(|m| m.tool = pid).await?;
+        self.marks.update(move |m| m.tool = pid).await?;
         let ended = until.bound(&format!("{name} ends"), child.wait()).await?.map_err(fail)?;
-        self.marks.update(|m| m.tool = None).await?;
+        self.marks.update(move |m| m.tool = None).await?;
         if ended.success() {
             return Ok(());
         }

@@ -61,16 +61,16 @@ impl Local {
         if stopped.is_err() {
             self.stop(Stop::Immediate, until).await?;
         }
-        self.marks.update(|m| m.self_closed = true).await?;
+        self.marks.update(move |m| m.self_closed = true).await?;
         Ok(Evidence::changed(format!("{how} in {:.1?}; process {} is gone", begun.elapsed(), postmaster.pid)))
     }
 
     /// Whether nothing of this instance can acknowledge a write.
-    pub(crate) async fn probe_self_close(&self) -> Result<Progress, PlaneError> {
-        Ok(match self.postmaster() {
+    pub(crate) fn probe_self_close(&self) -> Progress {
+        match self.postmaster() {
             None => Progress::Done(Evidence::already("no postmaster runs; nothing is acknowledged")),
             Some(_) => Progress::NotYet,
-        })
+        }
     }
 
     /// Upkeep of the holder: runs as primary with its door open, unless a run's fence stands.
@@ -83,7 +83,7 @@ impl Local {
         by: &Authority,
         until: Deadline,
     ) -> Result<Evidence, PlaneError> {
-        let marks = self.marks.get().await;
+        let marks = self.marks.get()?;
         if let Some(held) = marks.fence {
             return Ok(Evidence::already(format!("left alone: run {} holds a fence here", held.run)));
         }
@@ -112,8 +112,8 @@ impl Local {
         if self.door_is_shut()? != Some(false) {
             must_open(by)?;
             self.epoch_is_ours(act, by, until).await?;
-            self.open_door(|m| no_fence(m), until).await?;
-            self.marks.update(|m| m.self_closed = false).await?;
+            self.open_door(no_fence, until).await?;
+            self.marks.update(move |m| m.self_closed = false).await?;
             changed.push(format!("door opened; {}", self.knock_all(until).await?));
         }
         Ok(if changed.is_empty() {
@@ -155,7 +155,7 @@ impl Local {
                 format!("{holder} holds the group; it does not stand"),
             ));
         }
-        let fenced = self.marks.get().await.fence;
+        let fenced = self.marks.get()?.fence;
         let mut changed = Vec::new();
         let sql = "select pg_is_in_recovery() as in_recovery";
         let recovering = match self.postmaster() {
@@ -180,8 +180,8 @@ impl Local {
         }
         if fenced.is_none() && self.door_is_shut()? != Some(false) {
             // readers only: this instance is in recovery
-            self.open_door(|m| no_fence(m), until).await?;
-            self.marks.update(|m| m.self_closed = false).await?;
+            self.open_door(no_fence, until).await?;
+            self.marks.update(move |m| m.self_closed = false).await?;
             changed.push("readers let in".to_owned());
         }
         Ok(if changed.is_empty() {

@@ -99,6 +99,42 @@ impl Pair {
         Ok(client)
     }
 
+    /// Lifts the fence that a failed test left, as the undo of its own run.
+    pub async fn heal(&self) -> Result<()> {
+        let (a, b) = self.sites();
+        for (site, other) in [(&a, &b), (&b, &a)] {
+            if let Ok(admin) = self.superuser(site).await {
+                admin.batch_execute("alter system set synchronous_standby_names = ''").await?;
+                admin.batch_execute("select pg_reload_conf()").await?;
+            }
+            let path = self.file(site)?.data_dir.join("postgres/marks.json");
+            let Ok(text) = std::fs::read_to_string(path) else { continue };
+            let marks: serde_json::Value = serde_json::from_str(&text)?;
+            if marks["fence"].is_null() {
+                continue;
+            }
+            let run: RunId = serde_json::from_value(marks["fence"]["run"].clone())?;
+            let epoch: Epoch = serde_json::from_value(marks["fence"]["epoch"].clone())?;
+            println!("lifting a left fence of {run} at {site}");
+            let act = Act {
+                name: ActName::Postgres(PostgresAct::FenceClients),
+                site: site.clone(),
+                group: self.spec.name.clone(),
+                run: Some(run.clone()),
+                source: site.clone(),
+                target: other.clone(),
+                epoch,
+                direction: Direction::Forward,
+                given: Vec::new(),
+            };
+            let by = Authority::step(run, epoch, Token(u64::MAX));
+            self.driver(site)?.undo(&act, &by, Deadline::within(LIMIT)).await?;
+            let act = Act { name: ActName::Postgres(PostgresAct::PreSync), ..act };
+            self.driver(site)?.undo(&act, &by, Deadline::within(LIMIT)).await?;
+        }
+        Ok(())
+    }
+
     /// The site whose instance is a primary, and the other.
     pub async fn direction(&self) -> Result<(SiteId, SiteId)> {
         let (a, b) = self.sites();
@@ -116,7 +152,8 @@ impl Pair {
     /// The highest epoch that the database carries.
     pub async fn epoch(&self, holder: &SiteId) -> Result<u64> {
         let client = self.superuser(holder).await?;
-        let there: bool = client.query_one("select to_regclass('dcswitch.epoch') is not null", &[]).await?.get(0);
+        let there: bool =
+            client.query_one("select to_regclass('dcswitch.epoch') is not null", &[]).await?.get(0);
         if !there {
             return Ok(1);
         }
@@ -132,7 +169,7 @@ pub struct Run {
     pub target: SiteId,
     pub direction: Direction,
     pub given: Vec<Outcome>,
-    run: RunId,
+    id: RunId,
     epoch: Epoch,
     token: Mutex<u64>,
     /// Each act is performed that often, by a fresh driver each time.
@@ -141,7 +178,7 @@ pub struct Run {
 }
 
 /// Time that an act may take in these tests.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
 impl Run {
     /// A run from today's holder to the other site.
@@ -156,7 +193,7 @@ impl Run {
             target,
             direction: Direction::Forward,
             given: Vec::new(),
-            run: RunId(format!("LIVE{now}")),
+            id: RunId(format!("LIVE{now}")),
             epoch: Epoch { incarnation: 1, counter },
             token: Mutex::new(u64::try_from(now / 1_000_000)?),
             times: 1,
@@ -164,16 +201,12 @@ impl Run {
         })
     }
 
-    pub fn id(&self) -> RunId {
-        self.run.clone()
-    }
-
     pub fn act(&self, name: PostgresAct, site: &SiteId) -> Act {
         Act {
             name: ActName::Postgres(name),
             site: site.clone(),
             group: self.pair.spec.name.clone(),
-            run: Some(self.run.clone()),
+            run: Some(self.id.clone()),
             source: self.source.clone(),
             target: self.target.clone(),
             epoch: self.epoch,
@@ -201,7 +234,7 @@ impl Run {
     pub fn authority(&self) -> Authority {
         let mut token = self.token.lock();
         *token += 1;
-        Authority::step(self.run.clone(), self.epoch, Token(*token))
+        Authority::step(self.id.clone(), self.epoch, Token(*token))
     }
 
     pub fn driver(&self, site: &SiteId) -> Result<Arc<dyn Plane>> {
@@ -220,7 +253,9 @@ impl Run {
     pub async fn perform(&mut self, name: PostgresAct, at: &SiteId) -> Result<Evidence, PlaneError> {
         let mut last = None;
         for _ in 0..self.times {
-            let driver = self.driver(at).map_err(|e| PlaneError::Failed { what: "build".into(), why: e.to_string() })?;
+            let driver = self
+                .driver(at)
+                .map_err(|e| PlaneError::Failed { what: "build".into(), why: e.to_string() })?;
             let act = self.act(name, at);
             let begun = Instant::now();
             let evidence = driver.perform(&act, &self.authority(), Deadline::within(LIMIT)).await?;
@@ -248,9 +283,12 @@ impl Run {
             let evidence = self.perform(PostgresAct::Preflight, site).await?;
             let found: Vec<&Finding> = evidence.blocking().collect();
             ensure!(found.is_empty(), "preflight blocks: {found:#?}");
-            highest = evidence.outcomes.iter().fold(highest, |h, o| if let Outcome::Timeline(t) = o { h.max(*t) } else { h });
+            highest = evidence
+                .outcomes
+                .iter()
+                .fold(highest, |h, o| if let Outcome::Timeline(t) = o { h.max(*t) } else { h });
         }
-        self.given.push(Outcome::Timelines(Timelines { target: highest + 1, back: highest + 2 }));
+        self.given.push(Outcome::Timelines(Timelines { target: highest + 2, back: highest + 3 }));
         for site in [&source, &target] {
             self.perform(PostgresAct::Checkpoint, site).await?;
         }
@@ -320,7 +358,11 @@ impl Load {
     pub async fn start(holder: &SiteId, clients: i32) -> Result<Self> {
         let pair = Pair::open()?;
         let client = pair.connect(holder, "app", "app").await?;
-        client.batch_execute("create table if not exists live_rows (writer int, seq bigint, primary key (writer, seq))").await?;
+        client
+            .batch_execute(
+                "create table if not exists live_rows (writer int, seq bigint, primary key (writer, seq))",
+            )
+            .await?;
         let base: i64 = client.query_one("select coalesce(max(seq), 0) from live_rows", &[]).await?.get(0);
         let over = Arc::new(AtomicBool::new(false));
         let mut load = Self { acks: Vec::new(), over: Arc::clone(&over), tasks: Vec::new() };
@@ -361,7 +403,8 @@ impl Load {
     pub fn outage(&self, from: &SiteId, to: &SiteId, since: Instant) -> Result<Duration> {
         let first = self.of(to)?.lock().iter().map(|a| a.at).filter(|at| *at > since).min();
         let first = first.context("the new site acknowledged nothing")?;
-        let last = self.of(from)?.lock().iter().map(|a| a.at).max().context("the old site acknowledged nothing")?;
+        let last =
+            self.of(from)?.lock().iter().map(|a| a.at).max().context("the old site acknowledged nothing")?;
         ensure!(last < first, "the old site acknowledged {:?} after the new one", last - first);
         Ok(first - last)
     }
@@ -372,8 +415,11 @@ impl Load {
         for task in self.tasks.drain(..) {
             task.await?;
         }
-        let told: BTreeSet<(i32, i64)> =
-            self.acks.iter().flat_map(|(_, a)| a.lock().iter().map(|a| (a.writer, a.seq)).collect::<Vec<_>>()).collect();
+        let told: BTreeSet<(i32, i64)> = self
+            .acks
+            .iter()
+            .flat_map(|(_, a)| a.lock().iter().map(|a| (a.writer, a.seq)).collect::<Vec<_>>())
+            .collect();
         let client = Pair::open()?.superuser_of("app", holder).await?;
         let rows = client.query("select writer, seq from live_rows", &[]).await?;
         let there: BTreeSet<(i32, i64)> = rows.iter().map(|r| (r.get(0), r.get(1))).collect();
@@ -389,7 +435,14 @@ impl Pair {
     }
 }
 
-async fn write_on(pair: &Pair, site: &SiteId, writer: i32, base: i64, acks: &Mutex<Vec<Ack>>, over: &AtomicBool) {
+async fn write_on(
+    pair: &Pair,
+    site: &SiteId,
+    writer: i32,
+    base: i64,
+    acks: &Mutex<Vec<Ack>>,
+    over: &AtomicBool,
+) {
     let mut seq = base;
     let mut session: Option<Client> = None;
     while !over.load(Ordering::Relaxed) {
