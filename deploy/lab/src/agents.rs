@@ -87,7 +87,7 @@ pub async fn start(world: &World, binary: Option<&Path>, sabotage: Option<&str>)
     world.bin("dc-guardian")?;
     for site in SITES {
         let mut cmd = Command::new(&agent);
-        cmd.arg(world.dir(&site).join("agent.toml"));
+        cmd.arg(world.dir(&site).join("agent.toml")).env("NO_COLOR", "1");
         if let Some(what) = sabotage {
             cmd.env("DC_SABOTAGE", what);
         }

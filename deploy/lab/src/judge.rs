@@ -121,8 +121,12 @@ impl Judge {
             format!("{} objects differ between the sites, such as {:?}", different.len(), different.first())
         });
         let there = s3::list(&shared.world, w.target, s3::DAGS).await?;
+        let left = s3::list(&shared.world, w.source, s3::DAGS).await?;
+        let held = |(key, object): &(&String, &s3::Object)| {
+            there.get(*key).is_some_and(|o| o == *object || left.get(*key) == Some(o)) // or both went on since
+        };
         let missing: Vec<&String> =
-            self.dags.iter().filter(|(key, o)| there.get(*key) != Some(o)).map(|(key, _)| key).collect();
+            self.dags.iter().filter(|entry| !held(entry)).map(|(key, _)| key).collect();
         found.fail_if(!missing.is_empty(), "dags", || {
             format!(
                 "{} objects of DAG releases are missing or different at {}, such as {:?}",

@@ -87,12 +87,12 @@ impl Backlog {
         }
     }
 
-    /// The backlog with which a fence met the plane: the highest sample of the second before it.
+    /// The backlog with which a fence met the plane: the highest sample of the five seconds before it.
     ///
-    /// Of a second, because the last milliseconds before a fence may wait for the target on purpose.
+    /// Not the very last one, because a target may be closed to readers, or waited for on purpose, just before.
     pub fn before(&self, plane: Plane, source: Site, fence: u64) -> Option<usize> {
         let samples = self.0.lock().ok()?;
-        let near = |(at, _): &&(u64, usize)| *at <= fence && *at + 1_000_000_000 >= fence;
+        let near = |(at, _): &&(u64, usize)| *at <= fence && *at + 5_000_000_000 >= fence;
         samples.get(&(plane, source))?.iter().filter(near).map(|(_, n)| *n).max()
     }
 }
@@ -153,12 +153,12 @@ mod tests {
     use crate::world::ROME;
 
     #[test]
-    fn takes_the_highest_backlog_of_the_second_before_the_fence() {
+    fn takes_the_highest_backlog_of_the_seconds_before_the_fence() {
         let backlog = Backlog::default();
-        for (at, n) in [(1_000_000_000, 9), (2_500_000_000, 4), (2_900_000_000, 0), (3_100_000_000, 7)] {
+        for (at, n) in [(1_000_000_000, 9), (6_500_000_000, 4), (6_900_000_000, 0), (7_100_000_000, 8)] {
             backlog.note(Plane::Kafka, ROME, at, n);
         }
-        assert_eq!(backlog.before(Plane::Kafka, ROME, 3_000_000_000), Some(4));
-        assert_eq!(backlog.before(Plane::Kafka, ROME, 9_000_000_000), None);
+        assert_eq!(backlog.before(Plane::Kafka, ROME, 7_000_000_000), Some(4));
+        assert_eq!(backlog.before(Plane::Kafka, ROME, 13_000_000_000), None);
     }
 }

@@ -1,6 +1,6 @@
 //! Writers of log objects, and what the oracle reads of the buckets.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use aws_sdk_s3::primitives::ByteStream;
 use tokio::task::JoinSet;
 
 use crate::history::{History, Id, Outcome, now_ns};
-use crate::load::{RECENT, Shared};
+use crate::load::Shared;
 use crate::oracle::writes::Content;
 use crate::world::{DATA_SITES, Plane, Site, World, port};
 
@@ -26,7 +26,9 @@ pub const DAGS: &str = "dags/";
 /// Writers per site.
 const WRITERS: u16 = 4;
 /// Pause of a client before it tries a closed site again, while a move is asked for.
-const OFTEN: Duration = Duration::from_millis(40);
+const OFTEN: Duration = Duration::from_millis(100);
+/// How far back a sample of the backlog looks, in nanoseconds.
+const YOUNG: u64 = 3_000_000_000;
 /// Pause of a writer between two objects: four make about 30 a second.
 const BETWEEN: Duration = Duration::from_millis(130);
 
@@ -64,12 +66,13 @@ pub fn start(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) -> Result<()> {
     Ok(())
 }
 
+/// Keys sort by number, so that one listing shows what is new of all writers.
 fn key(id: Id) -> String {
-    format!("{PREFIX}w{}/{:016}.log", id.0, id.1)
+    format!("{PREFIX}{:016}-w{}.log", id.1, id.0)
 }
 
 fn id_of(key: &str) -> Option<Id> {
-    let (writer, seq) = key.strip_prefix(PREFIX)?.strip_prefix('w')?.strip_suffix(".log")?.split_once('/')?;
+    let (seq, writer) = key.strip_prefix(PREFIX)?.strip_suffix(".log")?.split_once("-w")?;
     Some((writer.parse().ok()?, seq.parse().ok()?))
 }
 
@@ -156,34 +159,26 @@ pub fn different(a: &BTreeMap<String, Object>, b: &BTreeMap<String, Object>) -> 
         .collect()
 }
 
-/// Objects acknowledged by `source` and not yet listed at the other site, each 200 ms until the load ends.
+/// Objects acknowledged by `source` and not yet listed at the other site, twice a second until the load ends.
+///
+/// Only what is some seconds old at most is asked for: listing all would cost more than the load itself.
 async fn sample(shared: Arc<Shared>, history: Arc<History>, there: Client, source: Site) {
     while !shared.over() {
         let at = now_ns();
-        let acked = history.acked_ids(source, at.saturating_sub(RECENT), at);
-        let mut oldest: BTreeMap<u16, u64> = BTreeMap::new();
-        for (writer, seq) in &acked {
-            let least = oldest.entry(*writer).or_insert(*seq);
-            *least = (*least).min(*seq);
-        }
-        let mut found = std::collections::BTreeSet::new();
-        let mut whole = true;
-        for (writer, seq) in oldest {
-            match list_from(
-                &there,
-                &format!("{PREFIX}w{writer}/"),
-                Some(key((writer, seq.saturating_sub(1)))),
-            )
-            .await
-            {
-                Ok(objects) => found.extend(objects.keys().filter_map(|k| id_of(k))),
-                Err(_) => whole = false,
+        let acked = history.acked_ids(source, at.saturating_sub(YOUNG), at);
+        if let Some(oldest) = acked.iter().map(|id| id.1).min() {
+            let listed = list_from(&there, PREFIX, Some(key((0, oldest.saturating_sub(1))))).await;
+            if let Ok(objects) = listed {
+                let found: BTreeSet<Id> = objects.keys().filter_map(|k| id_of(k)).collect();
+                shared.backlog.note(
+                    Plane::S3,
+                    source,
+                    at,
+                    acked.iter().filter(|id| !found.contains(id)).count(),
+                );
             }
         }
-        if whole {
-            shared.backlog.note(Plane::S3, source, at, acked.iter().filter(|id| !found.contains(id)).count());
-        }
-        shared.sleep(Duration::from_millis(200)).await;
+        shared.sleep(Duration::from_millis(500)).await;
     }
 }
 
