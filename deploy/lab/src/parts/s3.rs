@@ -237,8 +237,7 @@ async fn ask(admin: &Client, url: String, body: String, headers: &'static [(&str
 fn policy(site: &Site) -> Value {
     let all = format!("arn:aws:s3:::{BUCKET}");
     let objects = format!("arn:aws:s3:::{BUCKET}/*");
-    let below =
-        [format!("{objects}").replace('*', &format!("{DAGS}/*")), objects.replace('*', &format!("{LOGS}/*"))];
+    let below = [DAGS, LOGS].map(|prefix| format!("{all}/{prefix}/*"));
     let mut statements = vec![
         json!({"Sid": "Agent", "Effect": "Allow", "Principal": {"AWS": [AGENT]}, "Action": "s3:*", "Resource": [all, objects]}),
         json!({"Sid": "OtherAgent", "Effect": "Allow", "Principal": {"AWS": [PULL]},
