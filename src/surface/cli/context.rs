@@ -53,7 +53,7 @@ pub(crate) struct Context {
 
 /// Reads the context to use.
 ///
-/// Errors: DC-0002 without a readable file, and with the line for one that is not valid;
+/// Errors: DC-0004 without a readable file, and with the line for one that is not valid;
 /// DC-0003 when the context meant is not in it.
 pub(crate) fn load(file: Option<&Path>, name: Option<&str>) -> Result<Context, Fail> {
     let path = match file {
@@ -62,8 +62,8 @@ pub(crate) fn load(file: Option<&Path>, name: Option<&str>) -> Result<Context, F
     };
     let shown = path.display().to_string();
     let text = std::fs::read_to_string(&path).map_err(|e| {
-        usage("DC-0002", format!("no contexts: {shown} cannot be read"), e.to_string())
-            .next("dc-switch explain DC-0002")
+        usage("DC-0004", format!("no contexts: {shown} cannot be read"), e.to_string())
+            .next("dc-switch explain DC-0004")
     })?;
     parse(&text, &shown, path.parent().unwrap_or(Path::new(".")), name)
 }
@@ -73,14 +73,14 @@ fn default_file() -> Result<PathBuf, Fail> {
     let folder = folder.or_else(|| std::env::home_dir().map(|home| home.join(".config")));
     folder.map(|folder| folder.join("dc-switch/config.toml")).ok_or_else(|| {
         let why = "neither --config nor DC_SWITCH_CONFIG is given, and there is no home directory";
-        usage("DC-0002", "no contexts", why).next("dc-switch explain DC-0002")
+        usage("DC-0004", "no contexts", why).next("dc-switch explain DC-0004")
     })
 }
 
 fn parse(text: &str, shown: &str, folder: &Path, name: Option<&str>) -> Result<Context, Fail> {
     let invalid = |why: String| {
-        usage("DC-0002", format!("{shown} is no usable file of contexts"), why)
-            .next("dc-switch explain DC-0002")
+        usage("DC-0004", format!("{shown} is no usable file of contexts"), why)
+            .next("dc-switch explain DC-0004")
     };
     let mut file: File = toml::from_str(text).map_err(|e| invalid(at(shown, text, e.span(), e.message())))?;
     let known = file.contexts.keys().cloned().collect::<Vec<_>>().join(", ");
@@ -130,11 +130,11 @@ mod tests {
     #[test]
     fn what_is_missing_or_unknown_is_named_with_its_line() {
         assert_eq!(code(GOOD, None), "");
-        assert!(code(&GOOD.replace("environment", "enviroment"), None).starts_with("DC-0002 f:3: "));
+        assert!(code(&GOOD.replace("environment", "enviroment"), None).starts_with("DC-0004 f:3: "));
         assert!(code(&GOOD.replace("environment = \"LAB\"\n", ""), None).contains("environment"));
-        assert!(code(&GOOD.replace("rome", "Rome"), None).starts_with("DC-0002 f:8: "));
+        assert!(code(&GOOD.replace("rome", "Rome"), None).starts_with("DC-0004 f:8: "));
         assert!(code(GOOD, Some("b")).starts_with("DC-0003") && code(GOOD, Some("b")).contains("known: a"));
         assert!(code(&GOOD.replace("current = \"a\"\n", ""), None).starts_with("DC-0003"));
-        assert!(code(&GOOD.replace("\"LAB\"", "\" \""), None).starts_with("DC-0002"));
+        assert!(code(&GOOD.replace("\"LAB\"", "\" \""), None).starts_with("DC-0004"));
     }
 }

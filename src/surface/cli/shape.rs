@@ -43,19 +43,19 @@ pub(crate) fn run(run: &Run, exit: Exit) -> Value {
         body.extend(facts);
     }
     let taken = run.taken.as_ref();
-    stamp(&mut body, "started", Some(run.started));
-    stamp(&mut body, "takeover", taken.map(|t| t.at));
-    stamp(&mut body, "opened", taken.and_then(|t| t.opened));
-    stamp(&mut body, "ended", run.ended.as_ref().map(|e| e.at));
+    stamp(&mut body, "started_at", Some(run.started));
+    stamp(&mut body, "takeover_at", taken.map(|t| t.at));
+    stamp(&mut body, "opened_at", taken.and_then(|t| t.opened));
+    stamp(&mut body, "ended_at", run.ended.as_ref().map(|e| e.at));
     let past = run.past.iter().map(|s| step(s, true));
     body.insert("steps".into(), past.chain(run.steps.iter().map(|s| step(s, false))).collect());
     envelope(Value::Object(body))
 }
 
-/// A moment under two keys: `X_at` for people, `X_at_ms` for arithmetic.
+/// A moment under two keys: `X` for people, `X_ms` for arithmetic.
 fn stamp(body: &mut Map<String, Value>, name: &str, at: Option<WallTime>) {
-    body.insert(format!("{name}_at"), json!(at.and_then(utc)));
-    body.insert(format!("{name}_at_ms"), json!(at.map(|at| at.0)));
+    body.insert(name.to_owned(), json!(at.and_then(utc)));
+    body.insert(format!("{name}_ms"), json!(at.map(|at| at.0)));
 }
 
 /// One step. `past` marks those of a direction that was turned round.
