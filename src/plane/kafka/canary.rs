@@ -12,6 +12,7 @@ use bytes::{Bytes, BytesMut};
 use dc_plane::{Deadline, PlaneError, wait_until};
 use futures::future::try_join_all;
 use kafka_protocol::error::ResponseError;
+use kafka_protocol::indexmap::IndexMap;
 use kafka_protocol::messages::ProduceRequest;
 use kafka_protocol::messages::produce_request::{PartitionProduceData, TopicProduceData};
 use kafka_protocol::records::{
@@ -61,7 +62,7 @@ fn batch(value: &str, spoiled: bool) -> Result<Bytes, PlaneError> {
         timestamp: i64::try_from(now.as_millis()).unwrap_or(i64::MAX),
         key: None,
         value: Some(Bytes::copy_from_slice(value.as_bytes())),
-        headers: Default::default(),
+        headers: IndexMap::default(),
     };
     let mut made = BytesMut::new();
     let options = RecordEncodeOptions { version: 2, compression: Compression::None };

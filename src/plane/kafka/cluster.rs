@@ -114,13 +114,11 @@ impl Cluster {
             pool.retain(Conn::usable);
             pool.pop()
         };
-        match idle {
-            Some(conn) => Ok((conn, true)),
-            None => {
-                let conn = Conn::open(address, self.login(who), self.tls.as_ref(), until).await?;
-                Ok((conn, false))
-            }
+        if let Some(conn) = idle {
+            return Ok((conn, true));
         }
+        let conn = Conn::open(address, self.login(who), self.tls.as_ref(), until).await?;
+        Ok((conn, false))
     }
 
     fn put_back(&self, address: &str, who: Who, conn: Conn) {
@@ -218,7 +216,7 @@ impl Cluster {
                 Err(e @ (PlaneError::Unreachable { .. } | PlaneError::TimedOut { .. }))
                     if !until.passed() =>
                 {
-                    last = e
+                    last = e;
                 }
                 Err(e) => return Err(e),
             }

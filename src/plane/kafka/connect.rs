@@ -161,12 +161,12 @@ impl Workers {
         until: Deadline,
     ) -> Result<Status, PlaneError> {
         let last = parking_lot::Mutex::new(String::from("not there"));
-        let waited = wait_until(until, AGAIN, "", || async {
+        let waiting = wait_until(until, AGAIN, "", || async {
             let status = self.status(name, until).await?;
             *last.lock() = status.as_ref().map_or_else(|| "not there".to_owned(), Status::show);
             Ok(status.filter(wanted))
         });
-        waited.await.map_err(|e| match e {
+        waiting.await.map_err(|e| match e {
             PlaneError::TimedOut { waited, .. } => PlaneError::TimedOut {
                 what: format!("{name} at {} to be {word}; it is {}", self.site, last.lock()),
                 waited,

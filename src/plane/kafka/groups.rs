@@ -94,8 +94,8 @@ pub async fn positions(
             for group in &answer.groups {
                 let into = found.entry(group.group_id.0.to_string()).or_default();
                 let rows = group.topics.iter().flat_map(|t| t.partitions.iter().map(move |p| (t, p)));
-                let codes = rows.clone().map(|(_, p)| p.error_code).chain([group.error_code]);
-                for code in codes.filter(|code| *code != 0) {
+                let mut codes = rows.clone().map(|(_, p)| p.error_code).chain([group.error_code]);
+                if let Some(code) = codes.find(|code| *code != 0) {
                     if passing(code) {
                         return Ok(None);
                     }
@@ -207,7 +207,7 @@ async fn set_one(
     wait_until(until, Duration::from_millis(50), &what, || async {
         let answer = cluster.at(map, broker, Who::Agent, &ask, until).await?;
         for topic in &answer.topics {
-            for part in topic.partitions.iter().filter(|p| p.error_code != 0) {
+            if let Some(part) = topic.partitions.iter().find(|p| p.error_code != 0) {
                 if passing(part.error_code) {
                     return Ok(None);
                 }

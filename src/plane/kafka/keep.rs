@@ -28,8 +28,8 @@ pub enum Why {
 
 impl Kept {
     /// Keeps the grants of a group in that folder.
-    pub fn new(dir: &Path, group: &GroupName) -> Self {
-        Self { dir: dir.to_path_buf(), group: group.clone() }
+    pub fn new(dir: PathBuf, group: &GroupName) -> Self {
+        Self { dir, group: group.clone() }
     }
 
     /// The file.
@@ -104,11 +104,11 @@ mod tests {
     #[test]
     fn what_is_kept_survives_grows_and_is_nobody_elses_to_read() {
         let (Ok(dir), Ok(group)) = (tempfile::tempdir(), GroupName::new("orders")) else { panic!("set up") };
-        let kept = Kept::new(&dir.path().join("agent"), &group);
+        let kept = Kept::new(dir.path().join("agent"), &group);
         assert_eq!(kept.read(Why::Closed), Ok(None));
         assert!(kept.add(Why::Closed, [on_topic("app", "t", "write")]).is_ok());
         assert!(kept.add(Why::Closed, [on_topic("app", "t", "read")]).is_ok_and(|all| all.len() == 2));
-        let again = Kept::new(&dir.path().join("agent"), &group);
+        let again = Kept::new(dir.path().join("agent"), &group);
         assert!(again.read(Why::Closed).is_ok_and(|found| found.is_some_and(|all| all.len() == 2)));
         assert_eq!(again.read(Why::Audited), Ok(None));
         let mode = fs::metadata(kept.path(Why::Closed)).map(|m| m.permissions().mode() & 0o777);
@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn a_spoiled_file_is_an_error_and_not_an_empty_list() {
         let (Ok(dir), Ok(group)) = (tempfile::tempdir(), GroupName::new("orders")) else { panic!("set up") };
-        let kept = Kept::new(dir.path(), &group);
+        let kept = Kept::new(dir.path().to_path_buf(), &group);
         assert!(fs::write(kept.path(Why::Closed), "[{").is_ok());
         assert!(kept.read(Why::Closed).is_err());
         assert!(kept.add(Why::Closed, []).is_err());

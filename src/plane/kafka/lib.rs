@@ -91,7 +91,7 @@ pub fn build(
         halves.insert(name.clone(), Half { cluster, workers, tail: Tail::default(), config: of.clone() });
     }
     Ok(Arc::new(KafkaPlane {
-        kept: Kept::new(&data_dir, &spec.name),
+        kept: Kept::new(data_dir, &spec.name),
         site,
         group: spec.name.clone(),
         spec: checked.spec,
@@ -150,7 +150,7 @@ impl KafkaPlane {
             || (one_of(&self.spec.consumers) && (self.reaches(grant, "read") || group()))
     }
 
-    fn finding(&self, site: &SiteId, code: &str, blocking: bool, text: impl Into<String>) -> Finding {
+    fn finding(site: &SiteId, code: &str, blocking: bool, text: impl Into<String>) -> Finding {
         Finding {
             code: code.to_owned(),
             plane: Some(PlaneKind::Kafka),
@@ -189,12 +189,12 @@ impl Plane for KafkaPlane {
 
     async fn probe(&self, act: &Act, until: Deadline) -> Result<Progress, PlaneError> {
         let name = named(act)?;
-        until.bound(name.word(), self.stands(name, act, until)).await?
+        until.bound(name.word(), Box::pin(self.stands(name, act, until))).await?
     }
 
     async fn perform(&self, act: &Act, by: &Authority, until: Deadline) -> Result<Evidence, PlaneError> {
         let name = named(act)?;
-        until.bound(name.word(), self.carry_out(name, act, by, until)).await?
+        until.bound(name.word(), Box::pin(self.carry_out(name, act, by, until))).await?
     }
 
     async fn undo(&self, act: &Act, by: &Authority, until: Deadline) -> Result<Evidence, PlaneError> {

@@ -399,6 +399,7 @@ pub async fn wait_readable(
 #[cfg(test)]
 mod tests {
     use bytes::{BufMut, BytesMut};
+    use kafka_protocol::indexmap::IndexMap;
     use kafka_protocol::records::{Compression, RecordBatchEncoder, RecordEncodeOptions, TimestampType};
 
     use super::*;
@@ -417,7 +418,7 @@ mod tests {
             timestamp: 5,
             key: None,
             value: Some(Bytes::copy_from_slice(value.as_bytes())),
-            headers: Default::default(),
+            headers: IndexMap::default(),
         }
     }
 

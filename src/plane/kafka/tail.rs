@@ -35,7 +35,8 @@ struct Partition {
     #[serde(rename = "cluster")]
     _cluster: String,
     topic: String,
-    partition: i32,
+    #[serde(rename = "partition")]
+    number: i32,
 }
 
 #[derive(Deserialize)]
@@ -50,7 +51,7 @@ impl Known {
             return;
         };
         let known = self.positions.entry(connector).or_default();
-        let tp = (of.topic, of.partition);
+        let tp = (of.topic, of.number);
         match record.value.as_deref().map(serde_json::from_slice::<Option<Position>>) {
             Some(Ok(Some(position))) => {
                 known.insert(tp, position.offset);
@@ -114,6 +115,7 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
+    use kafka_protocol::indexmap::IndexMap;
     use kafka_protocol::records::TimestampType;
 
     use super::*;
@@ -132,7 +134,7 @@ mod tests {
             timestamp: 0,
             key: Some(Bytes::copy_from_slice(key.as_bytes())),
             value: value.map(|v| Bytes::copy_from_slice(v.as_bytes())),
-            headers: Default::default(),
+            headers: IndexMap::default(),
         }
     }
 

@@ -27,18 +27,32 @@ pub(super) fn moved(before: &Ends, now: &Ends) -> String {
 }
 
 /// The drain rule for one partition. `carried` is the source offset of the last record at the target, `end` the
-/// source's end, `last` the offset of the last readable record below it once that was read: markers and aborted data
-/// behind it are never carried.
-fn is_drained(carried: Option<i64>, end: i64, last: Option<Option<i64>>) -> bool {
+/// source's end.
+fn is_drained(carried: Option<i64>, end: i64, rest: Rest) -> bool {
     let next = carried.map_or(0, |at| at + 1);
-    next >= end || last.is_some_and(|last| last.is_none_or(|last| last < next))
+    next >= end
+        || match rest {
+            Rest::Unread => false,
+            Rest::Empty => true,
+            Rest::Last(last) => last < next,
+        }
+}
+
+/// What was read between the last record carried and the end. Markers and aborted data are never carried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rest {
+    Unread,
+    /// Nothing readable.
+    Empty,
+    /// Offset of the last readable record.
+    Last(i64),
 }
 
 /// Which partitions are not drained, and how far each is.
 struct Left {
     /// Where each log of the source begins: what lies before was never to be carried.
     starts: BTreeMap<Tp, i64>,
-    last: BTreeMap<Tp, Option<i64>>,
+    rest: BTreeMap<Tp, Rest>,
 }
 
 impl Left {
@@ -55,12 +69,12 @@ impl Left {
         let mut unread = BTreeMap::new();
         for (tp, end) in ends {
             let at = carried.get(tp).copied();
-            if is_drained(at, *end, self.last.get(tp).copied()) {
+            if is_drained(at, *end, self.rest.get(tp).copied().unwrap_or(Rest::Unread)) {
                 continue;
             }
             let next = at.map_or(0, |at| at + 1).max(self.starts.get(tp).copied().unwrap_or(0));
             left.insert(tp.clone(), end - next);
-            if end - next <= READ_WITHIN && !self.last.contains_key(tp) {
+            if end - next <= READ_WITHIN && !self.rest.contains_key(tp) {
                 unread.insert(tp.clone(), (next, *end));
             }
         }
@@ -68,11 +82,11 @@ impl Left {
             return Ok(left);
         }
         for (tp, prints) in log::prints(&source.cluster, map, &unread, usize::MAX, until).await? {
-            let last = prints.last().map(|print| print.offset);
-            if is_drained(carried.get(&tp).copied(), ends.get(&tp).copied().unwrap_or(0), Some(last)) {
+            let rest = prints.last().map_or(Rest::Empty, |print| Rest::Last(print.offset));
+            if is_drained(carried.get(&tp).copied(), ends.get(&tp).copied().unwrap_or(0), rest) {
                 left.remove(&tp);
             }
-            self.last.insert(tp, last);
+            self.rest.insert(tp, rest);
         }
         Ok(left)
     }
@@ -91,13 +105,13 @@ impl KafkaPlane {
             log::ends(&source.cluster, &map, &carried, End::Start, until)
         )?;
         let settled = began.elapsed();
-        let mut rest = Left { starts, last: BTreeMap::new() };
+        let mut left_over = Left { starts, rest: BTreeMap::new() };
         let mut looks = 0_u32;
         loop {
             looks += 1;
             let topic = &self.config.offsets_topic;
             let at = target.tail.positions(&target.cluster, topic, mirror, until).await?;
-            let left = rest.look(source, &map, &ends, &at, until).await?;
+            let left = left_over.look(source, &map, &ends, &at, until).await?;
             if left.is_empty() {
                 break;
             }
@@ -116,7 +130,7 @@ impl KafkaPlane {
             settled.as_millis(),
             act.target,
             began.elapsed().as_millis(),
-            rest.last.len(),
+            left_over.rest.len(),
         );
         Ok(Evidence::changed(seen).with(Outcome::SourceEnds(log::to_ends(&ends))))
     }
@@ -128,14 +142,14 @@ mod tests {
 
     #[test]
     fn drained_is_the_end_reached_or_nothing_readable_before_it() {
-        assert!(is_drained(Some(59), 60, None));
-        assert!(is_drained(None, 0, None));
-        assert!(!is_drained(Some(58), 60, None), "unread: it may hold a record");
-        assert!(is_drained(Some(58), 60, Some(None)), "only a marker follows");
-        assert!(is_drained(Some(58), 60, Some(Some(58))), "read from earlier on; the last record is carried");
-        assert!(!is_drained(Some(57), 60, Some(Some(58))));
-        assert!(!is_drained(None, 3, Some(Some(0))));
-        assert!(is_drained(None, 3, Some(None)));
+        assert!(is_drained(Some(59), 60, Rest::Unread));
+        assert!(is_drained(None, 0, Rest::Unread));
+        assert!(!is_drained(Some(58), 60, Rest::Unread), "unread: it may hold a record");
+        assert!(is_drained(Some(58), 60, Rest::Empty), "only a marker follows");
+        assert!(is_drained(Some(58), 60, Rest::Last(58)), "read from earlier on; the last record is carried");
+        assert!(!is_drained(Some(57), 60, Rest::Last(58)));
+        assert!(!is_drained(None, 3, Rest::Last(0)));
+        assert!(is_drained(None, 3, Rest::Empty));
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl KafkaPlane {
     ) -> Result<Progress, PlaneError> {
         let found = match name {
             KafkaAct::PrepareReverse => self.reverse_is_prepared(act, until).await?,
-            KafkaAct::RecordGrants => self.is_recorded(act),
+            KafkaAct::RecordGrants => Self::is_recorded(act),
             KafkaAct::FenceApps => self.apps_are_fenced(act, until).await?,
             KafkaAct::FenceMirror => self.mirror_is_fenced(act, until).await?,
             KafkaAct::SetOffsets => self.offsets_are_set(act, until).await?,
@@ -76,7 +76,7 @@ impl KafkaPlane {
         until: Deadline,
     ) -> Result<Evidence, PlaneError> {
         match name {
-            KafkaAct::Preflight | KafkaAct::Recheck => self.check(name, act, until).await,
+            KafkaAct::Preflight | KafkaAct::Recheck => Box::pin(self.check(name, act, until)).await,
             KafkaAct::PrepareReverse => self.prepare_reverse(act, until).await,
             KafkaAct::RecordGrants => self.record_grants(act, until).await,
             KafkaAct::FenceApps => self.fence_apps(act, until).await,
@@ -183,7 +183,7 @@ impl KafkaPlane {
         .await
     }
 
-    fn is_recorded(&self, act: &Act) -> Option<Evidence> {
+    fn is_recorded(act: &Act) -> Option<Evidence> {
         let known = act.grants()?;
         let seen = format!("{} grants stand recorded and are not read again", known.len());
         Some(Evidence::already(seen).with(Outcome::Grants(known.clone())))
@@ -191,7 +191,7 @@ impl KafkaPlane {
 
     /// Reads the grants that move. A recorded set is returned unchanged: after a fence the cluster holds none of it.
     async fn record_grants(&self, act: &Act, until: Deadline) -> Result<Evidence, PlaneError> {
-        if let Some(known) = self.is_recorded(act) {
+        if let Some(known) = Self::is_recorded(act) {
             return Ok(known);
         }
         let cluster = &self.source(act)?.cluster;

@@ -33,7 +33,7 @@ impl KafkaPlane {
                 // Nobody listens: it does not run. Silence may be the network: then nothing is known.
                 facts.role = matches!(e, PlaneError::Unreachable { .. }).then_some(Role::Down);
                 facts.summary = e.to_string();
-                facts.findings.push(self.finding(&self.site, "DC-0401", true, e.to_string()));
+                facts.findings.push(Self::finding(&self.site, "DC-0401", true, e.to_string()));
                 return Ok(facts);
             }
         };
@@ -51,7 +51,7 @@ impl KafkaPlane {
         };
         if writers > 0 && mirrors {
             let text = format!("applications and mirror may both write at {}", self.site);
-            facts.findings.push(self.finding(&self.site, "DC-0407", true, text));
+            facts.findings.push(Self::finding(&self.site, "DC-0407", true, text));
         }
         if facts.role == Some(Role::Following) {
             self.follow(half, depth, &mut facts, until).await;
@@ -64,25 +64,25 @@ impl KafkaPlane {
             Ok(found) => found,
             Err(e) => {
                 facts.summary = format!("mirror unknown: {e}");
-                facts.findings.push(self.finding(&self.site, "DC-0423", true, e.to_string()));
+                facts.findings.push(Self::finding(&self.site, "DC-0423", true, e.to_string()));
                 return;
             }
         };
         let Some((name, status)) = mirror else {
-            facts.summary = "no connector carries the group's topics".to_owned();
-            facts.findings.push(self.finding(&self.site, "DC-0408", true, facts.summary.clone()));
+            "no connector carries the group's topics".clone_into(&mut facts.summary);
+            facts.findings.push(Self::finding(&self.site, "DC-0408", true, facts.summary.clone()));
             return;
         };
         facts.summary = format!("{name}: {} ({} s ago)", status.show(), age.as_secs());
         if !status.runs() {
             let text = format!("mirror {name} does not run: {}", status.show());
-            facts.findings.push(self.finding(&self.site, "DC-0408", true, text));
+            facts.findings.push(Self::finding(&self.site, "DC-0408", true, text));
         }
         let other = self.halves.iter().find(|(site, _)| **site != self.site);
         let Some((_, source)) = other else { return };
         match self.lag(source, half, &name, until).await {
             Ok(amount) => facts.lag = Some(Lag { amount, unit: LagUnit::Records, age_ms: None }),
-            Err(e) => facts.summary.push_str(&format!("; lag unknown: {e}")),
+            Err(e) => facts.summary = format!("{}; lag unknown: {e}", facts.summary),
         }
     }
 
@@ -93,10 +93,10 @@ impl KafkaPlane {
         depth: Depth,
         until: Deadline,
     ) -> Result<(Duration, Option<(String, connect::Status)>), PlaneError> {
-        if let (Depth::Shallow, Some((at, found))) = (depth, &self.glance.lock().seen) {
-            if at.elapsed() < STATE_AGE_MAX {
-                return Ok((at.elapsed(), found.clone()));
-            }
+        if let (Depth::Shallow, Some((at, found))) = (depth, &self.glance.lock().seen)
+            && at.elapsed() < STATE_AGE_MAX
+        {
+            return Ok((at.elapsed(), found.clone()));
         }
         let carried = self.carried();
         let mut fitting: Vec<(String, connect::Status)> = half

@@ -137,7 +137,7 @@ impl KafkaPlane {
         Ok(all.filter(|(group, (tp, at))| now.get(*group).and_then(|rows| rows.get(*tp)) != Some(at)).count())
     }
 
-    fn told(&self, wanted: &Wanted, site: &dc_core::ids::SiteId) -> String {
+    fn told(wanted: &Wanted, site: &dc_core::ids::SiteId) -> String {
         let rows: usize = wanted.positions.values().map(BTreeMap::len).sum();
         format!(
             "{rows} positions of {} groups stand at {site} as wanted, {} records compared",
@@ -153,17 +153,17 @@ impl KafkaPlane {
     ) -> Result<Option<Evidence>, PlaneError> {
         let wanted = self.wanted(act, until).await?;
         let same = self.differing(act, &wanted, until).await? == 0;
-        Ok(same.then(|| Evidence::already(self.told(&wanted, &act.target))))
+        Ok(same.then(|| Evidence::already(Self::told(&wanted, &act.target))))
     }
 
     pub(super) async fn set_offsets(&self, act: &Act, until: Deadline) -> Result<Evidence, PlaneError> {
         let wanted = self.wanted(act, until).await?;
         let differing = self.differing(act, &wanted, until).await?;
         if differing == 0 {
-            return Ok(Evidence::already(self.told(&wanted, &act.target)));
+            return Ok(Evidence::already(Self::told(&wanted, &act.target)));
         }
         groups::set(&self.target(act)?.cluster, &wanted.map, &wanted.positions, until).await?;
-        Ok(Evidence::changed(format!("{}, {differing} of them set now", self.told(&wanted, &act.target))))
+        Ok(Evidence::changed(format!("{}, {differing} of them set now", Self::told(&wanted, &act.target))))
     }
 }
 

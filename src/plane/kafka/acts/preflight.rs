@@ -28,14 +28,14 @@ struct View {
 }
 
 /// Findings as they are collected.
-struct Found<'a> {
-    plane: &'a KafkaPlane,
+#[derive(Default)]
+struct Found {
     all: parking_lot::Mutex<Vec<Finding>>,
 }
 
-impl Found<'_> {
+impl Found {
     fn add(&self, site: &SiteId, code: &str, blocking: bool, text: impl Into<String>) {
-        self.all.lock().push(self.plane.finding(site, code, blocking, text));
+        self.all.lock().push(KafkaPlane::finding(site, code, blocking, text));
     }
     /// A check that could not be made is a finding too.
     fn of<T>(&self, site: &SiteId, code: &str, result: Result<T, PlaneError>) -> Option<T> {
@@ -50,7 +50,7 @@ impl KafkaPlane {
         act: &Act,
         until: Deadline,
     ) -> Result<Evidence, PlaneError> {
-        let found = Found { plane: self, all: parking_lot::Mutex::default() };
+        let found = Found::default();
         // Checks must answer, with findings, before the act's own deadline takes the word from them.
         let limit = Deadline::within(until.left().saturating_sub(Duration::from_millis(500)));
         let (source, target) = (self.source(act)?, self.target(act)?);
@@ -89,7 +89,7 @@ impl KafkaPlane {
     }
 
     /// What must hold at both sites.
-    async fn common(&self, found: &Found<'_>, cluster: &Cluster, view: &View, until: Deadline) {
+    async fn common(&self, found: &Found, cluster: &Cluster, view: &View, until: Deadline) {
         let site = &cluster.site;
         for (topic, why) in &view.map.missing {
             let code = if *topic == self.canary_topic { "DC-0413" } else { "DC-0403" };
@@ -113,7 +113,7 @@ impl KafkaPlane {
         }
     }
 
-    fn leaders(&self, found: &Found<'_>, site: &SiteId, map: &Map) {
+    fn leaders(&self, found: &Found, site: &SiteId, map: &Map) {
         let of_canary = map.leaders.iter().filter(|(tp, _)| tp.0 == self.canary_topic);
         let led: BTreeSet<i32> = of_canary.map(|(_, leader)| *leader).collect();
         let without: Vec<i32> = map.brokers.keys().filter(|broker| !led.contains(broker)).copied().collect();
@@ -139,7 +139,7 @@ impl KafkaPlane {
     }
 
     /// A missing DESCRIBE or READ of our own is silent where it hurts: rows are not there, without an error.
-    fn own_grants(&self, found: &Found<'_>, site: &SiteId, view: &View) {
+    fn own_grants(&self, found: &Found, site: &SiteId, view: &View) {
         let own = acl::principal(&self.config.user);
         let has = |resource: &str, name: &str, operation: &str| {
             acl::allowed(&view.bindings)
@@ -164,14 +164,7 @@ impl KafkaPlane {
     }
 
     /// Who may write at the holder: producers by grants of their own, and nobody else.
-    async fn holder_grants(
-        &self,
-        found: &Found<'_>,
-        cluster: &Cluster,
-        view: &View,
-        act: &Act,
-        until: Deadline,
-    ) {
+    async fn holder_grants(&self, found: &Found, cluster: &Cluster, view: &View, act: &Act, until: Deadline) {
         let site = &cluster.site;
         let canary = self.canary_grant();
         if !acl::allowed(&view.bindings).any(|grant| *grant == canary) {
@@ -182,9 +175,10 @@ impl KafkaPlane {
                 format!("{} is missing at {site}, the holder", acl::show(&canary)),
             );
         }
-        let every = match acl::allowed(&view.bindings).any(|grant| self.moves(grant) && grant.prefixed) {
-            true => found.of(site, "DC-0405", cluster.topic_names(until).await).unwrap_or_default(),
-            false => BTreeSet::new(),
+        let every = if acl::allowed(&view.bindings).any(|grant| self.moves(grant) && grant.prefixed) {
+            found.of(site, "DC-0405", cluster.topic_names(until).await).unwrap_or_default()
+        } else {
+            BTreeSet::new()
         };
         for grant in acl::allowed(&view.bindings) {
             let shown = acl::show(grant);
@@ -224,7 +218,7 @@ impl KafkaPlane {
         self.spec.producers.iter().any(|user| acl::principal(user) == grant.principal)
     }
 
-    fn width(&self, found: &Found<'_>, site: &SiteId, grant: &Grant, every: &BTreeSet<String>) {
+    fn width(&self, found: &Found, site: &SiteId, grant: &Grant, every: &BTreeSet<String>) {
         let own = self.topics();
         let beyond = every
             .iter()
@@ -239,7 +233,7 @@ impl KafkaPlane {
     }
 
     /// What a run has recorded must still be all there is.
-    fn record_agrees(&self, found: &Found<'_>, site: &SiteId, view: &View, act: &Act) {
+    fn record_agrees(&self, found: &Found, site: &SiteId, view: &View, act: &Act) {
         let now: Vec<&Grant> = acl::allowed(&view.bindings).filter(|grant| self.moves(grant)).collect();
         let Some(recorded) = act.grants() else {
             if !self.spec.producers.is_empty() && !now.iter().any(|grant| self.reaches(grant, "write")) {
@@ -262,7 +256,7 @@ impl KafkaPlane {
     }
 
     /// Who may write at the standby: the mirror, and nobody else; no application reads there.
-    fn standby_grants(&self, found: &Found<'_>, site: &SiteId, view: &View) {
+    fn standby_grants(&self, found: &Found, site: &SiteId, view: &View) {
         let wanted = self.mirror_grants();
         for grant in &wanted {
             if !acl::allowed(&view.bindings).any(|known| known == grant) {
@@ -289,11 +283,11 @@ impl KafkaPlane {
     }
 
     /// Topics are at both sites, with as many partitions and equal settings.
-    async fn parity(&self, found: &Found<'_>, act: &Act, s: &View, t: &View, until: Deadline) {
+    async fn parity(&self, found: &Found, act: &Act, at_source: &View, at_target: &View, until: Deadline) {
         let count = |view: &View, topic: &str| view.map.leaders.keys().filter(|tp| tp.0 == topic).count();
         let mut both = BTreeSet::new();
         for topic in self.carried() {
-            let (here, there) = (count(s, topic), count(t, topic));
+            let (here, there) = (count(at_source, topic), count(at_target, topic));
             if here > 0 && there > 0 {
                 both.insert(topic);
             }
@@ -337,7 +331,7 @@ impl KafkaPlane {
     }
 
     /// The mirror that carries the holder's topics: its settings, its state, its progress, its lag.
-    async fn mirror(&self, found: &Found<'_>, act: &Act, s: &View, until: Deadline) {
+    async fn mirror(&self, found: &Found, act: &Act, s: &View, until: Deadline) {
         let (Ok(source), Ok(target)) = (self.source(act), self.target(act)) else { return };
         let name = act.mirror().unwrap_or(&self.spec.mirror);
         let site = &act.target;
@@ -409,7 +403,7 @@ impl KafkaPlane {
     }
 
     /// Groups: nobody in them at the target, near enough to their end, and nothing known there that is not here.
-    async fn group_checks(&self, found: &Found<'_>, act: &Act, s: &View, t: &View, until: Deadline) {
+    async fn group_checks(&self, found: &Found, act: &Act, s: &View, t: &View, until: Deadline) {
         let (Ok(source), Ok(target)) = (self.source(act), self.target(act)) else { return };
         let (groups, topics) = (&self.spec.groups, self.topics());
         let read = futures::try_join!(

@@ -59,11 +59,11 @@ impl KafkaPlane {
             let shown = acl::show(grant);
             if grant.resource == "topic" && grant.name != "*" {
                 let text = format!("{shown} at {}, the standby: taken", act.site);
-                findings.push(self.finding(&act.site, "DC-0420", false, text));
+                findings.push(Self::finding(&act.site, "DC-0420", false, text));
                 taken.push(grant.clone());
             } else {
                 let text = format!("{shown} at {}, the standby: too wide to take, a person must", act.site);
-                findings.push(self.finding(&act.site, "DC-0420", true, text));
+                findings.push(Self::finding(&act.site, "DC-0420", true, text));
             }
         }
         if !taken.is_empty() {
@@ -74,7 +74,7 @@ impl KafkaPlane {
             self.mirror_grants().into_iter().filter(|g| !acl::allowed(&bindings).any(|known| known == g));
         for grant in missing {
             let text = format!("{} is missing at {}: the mirror cannot write", acl::show(&grant), act.site);
-            findings.push(self.finding(&act.site, "DC-0408", true, text));
+            findings.push(Self::finding(&act.site, "DC-0408", true, text));
         }
         let name = act.mirror().unwrap_or(&self.spec.mirror);
         let (restarted, shown) = self.keep_running(act, name, &mut findings, until).await?;
@@ -94,17 +94,17 @@ impl KafkaPlane {
         let workers = &self.half(&act.site)?.workers;
         let Some(status) = workers.status(name, until).await? else {
             let text = format!("there is no connector {name} at the workers of {}", act.site);
-            findings.push(self.finding(&act.site, "DC-0408", true, text.clone()));
+            findings.push(Self::finding(&act.site, "DC-0408", true, text.clone()));
             return Ok((false, text));
         };
         let failed = status.has_failed();
         if failed {
             workers.restart_failed(name, until).await?;
             let text = format!("mirror {name} had failed and is started again: {}", status.show());
-            findings.push(self.finding(&act.site, "DC-0408", false, text));
+            findings.push(Self::finding(&act.site, "DC-0408", false, text));
         } else if !Status::runs(&status) {
             let text = format!("mirror {name} does not run: {}", status.show());
-            findings.push(self.finding(&act.site, "DC-0408", true, text));
+            findings.push(Self::finding(&act.site, "DC-0408", true, text));
         }
         Ok((failed, status.show()))
     }
@@ -124,7 +124,7 @@ impl KafkaPlane {
         acl::take(cluster, &wrong, until).await?;
         let told = wrong.iter().map(|grant| {
             let text = format!("{} at {}, the holder: taken", acl::show(grant), act.site);
-            self.finding(&act.site, "DC-0420", false, text)
+            Self::finding(&act.site, "DC-0420", false, text)
         });
         let findings = told.collect();
         Ok(Evidence::changed(format!("{seen}; {} of the mirror taken", wrong.len()))

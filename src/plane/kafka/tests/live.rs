@@ -183,9 +183,9 @@ async fn tells_all_that_forbids_a_move_at_once_and_changes_nothing() {
     world.given.push(Outcome::SourceEnds(Ends::new()));
     assert_eq!(world.refused(K::FenceMirror, Authority::self_fence(), false).await, "DC-0418");
     world.given.clear();
-    let foreign = world.topic_grant("User:stranger", "orders", "write");
+    let foreign = World::topic_grant("User:stranger", "orders", "write");
     world.grant(&s, &foreign, true).await;
-    world.grant(&t, &world.topic_grant("User:app", "orders", "read"), true).await;
+    world.grant(&t, &World::topic_grant("User:app", "orders", "read"), true).await;
     world.until_mirror_failed(&t).await;
     let at_target = codes(&world.go(K::Preflight, &t).await);
     assert!(at_target.contains("DC-0408") && at_target.contains("DC-0407"), "{at_target:?}");

@@ -87,7 +87,7 @@ impl Load {
     async fn until(&self, what: &str, ready: impl Fn(&Told) -> bool) {
         let began = Instant::now();
         while !ready(&self.told.lock()) {
-            assert!(began.elapsed() < Duration::from_secs(60), "no {what} within a minute");
+            assert!(began.elapsed() < Duration::from_mins(1), "no {what} within a minute");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }

@@ -84,7 +84,7 @@ impl World {
         assert_eq!(holder.role, Some(Role::Writable), "no site holds the group: make a fresh world");
         let mirrors = world.connectors(&world.target).await;
         assert_eq!(mirrors.len(), 1, "one mirror at the standby: {mirrors:?}");
-        world.mirror = mirrors[0].clone();
+        world.mirror.clone_from(&mirrors[0]);
         world
     }
 
@@ -155,7 +155,7 @@ impl World {
 
     pub async fn go(&mut self, name: KafkaAct, site: &SiteId) -> Evidence {
         let began = Instant::now();
-        let done = self.try_within(name, site, Duration::from_secs(60)).await;
+        let done = self.try_within(name, site, Duration::from_mins(1)).await;
         let done = done.unwrap_or_else(|e| panic!("{name:?} at {site}: {e}"));
         self.steps.push((name, began.elapsed().as_millis(), done.seen.clone()));
         self.given.extend(done.outcomes.iter().filter(|o| !matches!(o, Outcome::Findings(_))).cloned());
@@ -246,7 +246,7 @@ impl World {
         }
     }
 
-    pub fn topic_grant(&self, principal: &str, topic: &str, operation: &str) -> Grant {
+    pub fn topic_grant(principal: &str, topic: &str, operation: &str) -> Grant {
         Grant {
             principal: principal.into(),
             resource: "topic".into(),
@@ -321,7 +321,7 @@ impl World {
                 println!("  {} records acknowledged, {} at each site: 0 lost, 0 twice", sums.1, sums.0);
                 return;
             }
-            assert!(began.elapsed() < Duration::from_secs(60), "the sites stay different");
+            assert!(began.elapsed() < Duration::from_mins(1), "the sites stay different");
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
