@@ -165,6 +165,8 @@ impl LeaseKeeper {
                 let mut inner = self.inner.lock();
                 inner.own.forget();
                 inner.inherited = None;
+                // Nor can it say how long the others' have run: they get their full grant again.
+                inner.watch.restart(now());
                 drop(inner);
                 self.changed.send_modify(|n| *n += 1);
             }

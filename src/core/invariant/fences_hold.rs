@@ -6,17 +6,17 @@
 use super::Sight;
 
 pub(super) fn check(now: &Sight<'_>) -> Vec<String> {
-    let Some(group) = now.known() else { return Vec::new() };
     let mut broken = Vec::new();
-    for mark in &group.fences {
-        let Some(run) = now.registry.runs.get(&mark.run).filter(|r| r.taken.is_none()) else { continue };
-        let Some(step) = run.step(mark.step).filter(|s| s.done()) else { continue };
-        let Some(plane) = now.plane(&mark.site, mark.plane) else { continue };
-        if !plane.shut.contains(&step.plan.act) {
-            broken.push(format!("{} at {} was proved and does not stand", step.plan.act, mark.site));
-        }
-        if plane.writable && mark.site == run.source {
-            broken.push(format!("{} takes writes at {} behind {}", mark.plane, mark.site, step.plan.act));
+    for run in now.registry.open_runs().filter(|r| r.group == *now.group && r.taken.is_none()) {
+        for step in run.steps.iter().filter(|s| s.fences() && s.done()) {
+            let (Some(site), Some(plane)) = (&step.plan.site, step.plan.act.plane()) else { continue };
+            let Some(seen) = now.plane(site, plane) else { continue };
+            if !seen.shut.contains(&step.plan.act) {
+                broken.push(format!("{} at {site} was proved and does not stand", step.plan.act));
+            }
+            if seen.writable && *site == run.source {
+                broken.push(format!("{plane} takes writes at {site} behind {}", step.plan.act));
+            }
         }
     }
     broken

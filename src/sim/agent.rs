@@ -1,0 +1,379 @@
+//! One site's agent: what it decides is the product's own (`dc_agent::duty`, `dc_core::lease`);
+//! what moves it - ticks, tasks, deaths - is made here, as the running agent does it.
+
+use std::collections::BTreeMap;
+
+use dc_agent::duty::{Intent, Upkeep, intents, may_open, upkeep};
+use dc_core::ids::{GroupName, PlaneKind, RunId, SiteId};
+use dc_core::lease::{OwnLease, Profile, Renewal, Watch};
+use dc_core::plan::StepId;
+use dc_core::registry::{Command, Entry, Registry};
+use dc_core::run::Trouble;
+use dc_core::time::{Time, WallTime};
+use dc_plane::fake::Fakes;
+
+use crate::dice::Dice;
+use crate::host::{Disk, TICK_MS};
+use crate::lead::Lead;
+use crate::log::Log;
+use crate::sin::Sin;
+use crate::work::{Polled, Task, Work};
+
+/// Largest gap between two looks at the clock that is no reason to close.
+const GAP_MS: u64 = 2_000;
+/// Ticks between two upkeeps.
+const UPKEEP: u64 = 20;
+
+/// What the world lends an agent for one tick.
+pub struct Lent<'a> {
+    /// Of the world.
+    pub tick: u64,
+    /// This host's clock.
+    pub now: Time,
+    /// Which boot of the host.
+    pub boot: u64,
+    /// This host's disk.
+    pub disk: &'a mut Disk,
+    /// Whether the others can be reached.
+    pub connected: bool,
+    /// Ticks between a commit and its applying here.
+    pub lag: u64,
+    /// The log.
+    pub log: &'a mut Log,
+    /// The planes.
+    pub fakes: &'a Fakes,
+    /// Chance.
+    pub dice: &'a mut Dice,
+    /// One act in so many breaks; none when 0.
+    pub breaks_in: u64,
+    /// The rule that is not kept.
+    pub sin: Option<Sin>,
+}
+
+/// Something that happened at an agent, for who waits for the moment to strike.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Performed {
+    /// Of which run.
+    pub run: RunId,
+    /// Which step.
+    pub step: StepId,
+}
+
+struct Answer {
+    intent: Intent,
+    command: Command,
+    send_at: u64,
+}
+
+/// The memory of one process.
+pub struct Agent {
+    me: SiteId,
+    group: GroupName,
+    profile: Profile,
+    /// As applied here.
+    pub registry: Registry,
+    /// Entries applied.
+    pub applied: usize,
+    /// Whether everything committed before this process began is applied.
+    pub caught_up: bool,
+    barrier: Option<usize>,
+    session: u64,
+    number: u64,
+    renew_at: Time,
+    /// Its own lease.
+    pub lease: OwnLease,
+    /// What it knows of the others'.
+    pub watch: Watch,
+    inherited: Option<Time>,
+    looked: Time,
+    tasks: BTreeMap<PlaneKind, Task>,
+    answers: BTreeMap<(RunId, StepId), Answer>,
+    upkeep_at: BTreeMap<PlaneKind, u64>,
+    reopened: BTreeMap<PlaneKind, bool>,
+    lead: Lead,
+}
+
+impl Agent {
+    /// A process that begins with what the disk holds; `before` is the lease of the one before it.
+    pub fn start(me: SiteId, group: GroupName, profile: Profile, lent: &mut Lent<'_>) -> Self {
+        let mut registry = Registry::default();
+        for at in 0..lent.disk.applied {
+            lent.log.apply_to(&mut registry, at);
+        }
+        let kept = lent.disk.lease;
+        let sinful = lent.sin == Some(Sin::RestartKeepsLease);
+        let inherited = kept.filter(|(boot, _)| *boot == lent.boot || sinful).map(|(_, until)| until);
+        let mut lease = OwnLease::default();
+        if let (true, Some(until)) = (sinful, inherited) {
+            let old = Renewal { session: 0, number: 1 };
+            lease.sent(old, Time(until.0.saturating_sub(dc_core::time::millis(profile.hold))));
+            lease.applied(old, &profile);
+        }
+        Self {
+            me: me.clone(),
+            group,
+            profile,
+            registry,
+            applied: lent.disk.applied,
+            caught_up: lent.sin == Some(Sin::NoBarrier),
+            barrier: None,
+            session: 0,
+            number: 0,
+            renew_at: lent.now,
+            lease,
+            watch: Watch::default(),
+            inherited,
+            looked: lent.now,
+            tasks: BTreeMap::new(),
+            answers: BTreeMap::new(),
+            upkeep_at: BTreeMap::new(),
+            reopened: BTreeMap::new(),
+            lead: Lead::new(me, profile),
+        }
+    }
+
+    /// One tick. Returns the acts that ended in it and are not answered yet.
+    pub fn tick(&mut self, lent: &mut Lent<'_>, leads: bool) -> Vec<Performed> {
+        self.look_at_clock(lent.now);
+        self.catch_up(lent);
+        self.renew(lent);
+        self.answer(lent);
+        let performed = self.work(lent);
+        if leads && lent.connected {
+            for entry in self.lead.entries(&self.registry, &self.watch, lent.now) {
+                self.propose(lent, entry);
+            }
+        } else {
+            self.lead.step_down();
+        }
+        performed
+    }
+
+    fn propose(&self, lent: &mut Lent<'_>, entry: Entry) {
+        let command = Command { by: format!("agent/{}", self.me), wall: WallTime(lent.tick * TICK_MS), entry };
+        if lent.connected {
+            lent.log.propose(lent.tick, command, lent.dice);
+        }
+    }
+
+    /// Closes first and asks after, when the clock jumped or the host stood still.
+    fn look_at_clock(&mut self, now: Time) {
+        if now.0.saturating_sub(self.looked.0) > GAP_MS {
+            self.lease.forget();
+            self.inherited = None;
+            self.watch.restart(now);
+        }
+        self.looked = now;
+    }
+
+    fn catch_up(&mut self, lent: &mut Lent<'_>) {
+        if !lent.connected {
+            return;
+        }
+        let visible = lent.log.entries.iter().rposition(|(tick, _)| tick + lent.lag <= lent.tick);
+        let visible = visible.map_or(0, |last| last + 1);
+        while self.applied < visible {
+            lent.log.apply_to(&mut self.registry, self.applied);
+            self.applied += 1;
+            self.follow_leases(lent);
+        }
+        if self.barrier.is_none() && lent.log.leader.is_some() && lent.dice.once_in(3) {
+            self.barrier = Some(lent.log.entries.len());
+        }
+        if !self.caught_up && self.barrier.is_some_and(|needed| self.applied >= needed) {
+            self.caught_up = true;
+        }
+        if lent.dice.once_in(8) {
+            lent.disk.applied = lent.disk.applied.max(self.applied);
+        }
+    }
+
+    fn follow_leases(&mut self, lent: &mut Lent<'_>) {
+        for (site, renewal) in &self.registry.sites {
+            self.watch.applied(site, *renewal, lent.now);
+        }
+        let Some(mine) = self.registry.sites.get(&self.me).filter(|r| r.session == self.session) else {
+            return;
+        };
+        if lent.sin == Some(Sin::LeaseFromAck) {
+            let mut late = OwnLease::default();
+            late.sent(*mine, lent.now);
+            late.applied(*mine, &self.profile);
+            self.lease = late;
+        } else {
+            self.lease.applied(*mine, &self.profile);
+        }
+        if let Some(left) = self.lease.left(lent.now) {
+            lent.disk.lease = Some((lent.boot, lent.now.plus(left)));
+        }
+    }
+
+    fn renew(&mut self, lent: &mut Lent<'_>) {
+        if !self.caught_up || lent.now < self.renew_at {
+            return;
+        }
+        if self.session == 0 {
+            let known = self.registry.sites.get(&self.me).map_or(0, |r| r.session);
+            self.session = (((known >> 20) + 1) << 20) | lent.dice.between(0, (1 << 20) - 1);
+        }
+        self.number += 1;
+        let renewal = Renewal { session: self.session, number: self.number };
+        self.lease.sent(renewal, lent.now);
+        self.renew_at = lent.now.plus(self.profile.renew);
+        self.propose(lent, Entry::Renew { site: self.me.clone(), renewal });
+    }
+
+    /// Whether this site has to close, now or because it has no lease at all.
+    fn closing(&self, now: Time) -> bool {
+        let inherited = self.inherited.is_some_and(|until| until > now.plus(self.profile.lead));
+        self.lease.closing(now, &self.profile) && !inherited
+    }
+
+    /// Sends answers until the applied state shows them.
+    fn answer(&mut self, lent: &mut Lent<'_>) {
+        let due: Vec<Command> = self
+            .answers
+            .values_mut()
+            .filter(|a| a.send_at <= lent.tick)
+            .map(|a| {
+                a.send_at = lent.tick + 20;
+                a.command.clone()
+            })
+            .collect();
+        for command in due {
+            self.propose(lent, command.entry);
+        }
+    }
+
+    fn work(&mut self, lent: &mut Lent<'_>) -> Vec<Performed> {
+        let asked = if self.caught_up { intents(&self.registry, &self.me) } else { Vec::new() };
+        let same = |a: &Intent, b: &Intent| {
+            (&a.run, a.step, a.token, a.undo) == (&b.run, b.step, b.token, b.undo)
+        };
+        self.answers.retain(|_, a| asked.iter().any(|i| same(i, &a.intent)));
+        self.tasks.retain(|_, t| match &t.work {
+            Work::Step(intent) => asked.iter().any(|i| same(i, intent)),
+            Work::Upkeep(_) => true,
+        });
+        for intent in &asked {
+            self.begin(intent, lent);
+        }
+        let planes = self.registry.groups.get(&self.group).map(|g| g.spec.planes()).unwrap_or_default();
+        for plane in planes {
+            self.keep(plane, lent);
+        }
+        self.poll(lent)
+    }
+
+    fn begin(&mut self, intent: &Intent, lent: &mut Lent<'_>) {
+        let Some(plane) = intent.act.name.plane() else { return };
+        if self.answers.contains_key(&(intent.run.clone(), intent.step)) {
+            return;
+        }
+        match self.tasks.get(&plane).map(|t| &t.work) {
+            Some(Work::Step(_) | Work::Upkeep(Upkeep::Close)) => return,
+            Some(Work::Upkeep(_)) => {
+                self.tasks.remove(&plane);
+            }
+            None => {}
+        }
+        let known = lent.disk.tokens.entry(plane).or_default();
+        if *known > intent.token {
+            return; // stale: a newer decision stands
+        }
+        *known = intent.token;
+        let until = lent.now.plus(intent.limit);
+        self.tasks.insert(plane, Task::step(intent.clone(), lent.fakes, until));
+    }
+
+    /// Keeps a plane as it should be between runs.
+    fn keep(&mut self, plane: PlaneKind, lent: &mut Lent<'_>) {
+        let closing = self.closing(lent.now);
+        let due = self.upkeep_at.entry(plane).or_insert(lent.tick);
+        if *due > lent.tick {
+            return;
+        }
+        *due = lent.tick + UPKEEP;
+        let left = self.lease.left(lent.now);
+        let wanted = upkeep(&self.registry, &self.group, plane, &self.me, left, closing);
+        if !self.caught_up && wanted != Upkeep::Close {
+            return;
+        }
+        match (wanted, self.tasks.get(&plane).map(|t| &t.work)) {
+            (Upkeep::Leave, _) | (Upkeep::Close, Some(Work::Upkeep(Upkeep::Close))) => return,
+            (Upkeep::Close, _) => {
+                self.tasks.remove(&plane);
+                self.answers.retain(|_, a| a.intent.act.name.plane() != Some(plane));
+            }
+            (_, Some(_)) => return,
+            (_, None) => {}
+        }
+        // A process that never reopened a plane does not know whether the one before it closed it.
+        let closed = lent.disk.closed.get(&plane) == Some(&true) || !self.reopened.contains_key(&plane);
+        let group = self.registry.groups.get(&self.group);
+        let task = group.and_then(|g| Task::upkeep(g, plane, &self.me, wanted, closed, lent.fakes));
+        if let Some(task) = task {
+            self.tasks.insert(plane, task);
+        }
+    }
+
+    fn poll(&mut self, lent: &mut Lent<'_>) -> Vec<Performed> {
+        let mut performed = Vec::new();
+        for plane in PlaneKind::ALL {
+            let Some(task) = self.tasks.get_mut(&plane) else { continue };
+            if let Work::Step(intent) = &task.work
+                && intent.opens
+                && lent.sin != Some(Sin::OpenBeforeOpened)
+                && lent.sin != Some(Sin::NoBarrier)
+                && !task.begun
+                && !may_open(&self.registry, intent, &self.me, self.lease.left(lent.now))
+            {
+                if lent.now >= task.until {
+                    let trouble = Trouble { code: "DC-0217".into(), text: "has no lease".into() };
+                    self.ended(plane, Polled::Done(Err(trouble)), lent, &mut performed);
+                }
+                continue;
+            }
+            let late = matches!(task.work, Work::Step(_)) && lent.now >= task.until;
+            let breaks = lent.breaks_in > 0 && lent.dice.once_in(lent.breaks_in * 8);
+            let polled = if late || breaks {
+                let text = if late { "timed out" } else { "broke half-way" };
+                Polled::Done(Err(Trouble { code: "DC-0222".into(), text: text.into() }))
+            } else {
+                task.poll(lent.dice.between(1, 3))
+            };
+            self.ended(plane, polled, lent, &mut performed);
+        }
+        performed
+    }
+
+    fn ended(&mut self, plane: PlaneKind, polled: Polled, lent: &mut Lent<'_>, all: &mut Vec<Performed>) {
+        let Polled::Done(result) = polled else { return };
+        let Some(task) = self.tasks.remove(&plane) else { return };
+        match task.work {
+            Work::Step(intent) => {
+                all.push(Performed { run: intent.run.clone(), step: intent.step });
+                let entry = Entry::Finish {
+                    run: intent.run.clone(),
+                    step: intent.step,
+                    token: intent.token,
+                    took_ms: 50,
+                    result,
+                };
+                let command = Command { by: String::new(), wall: WallTime(0), entry };
+                let key = (intent.run.clone(), intent.step);
+                // Not in this tick, so that the process may die between the act and its answer.
+                self.answers.insert(key, Answer { intent, command, send_at: lent.tick + 1 });
+            }
+            Work::Upkeep(Upkeep::Close) if result.is_ok() => {
+                lent.disk.closed.insert(plane, true);
+                self.reopened.remove(&plane);
+            }
+            Work::Upkeep(Upkeep::Serve(_)) if result.is_ok() => {
+                lent.disk.closed.insert(plane, false);
+                self.reopened.insert(plane, true);
+            }
+            Work::Upkeep(_) => {}
+        }
+    }
+}
