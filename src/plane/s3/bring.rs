@@ -11,7 +11,7 @@ use crate::driver::Here;
 use crate::join::{Below, Lister};
 use crate::manifest::Manifest;
 use crate::materialise::{Look, places};
-use crate::publish::{MANIFEST_BYTES, mirror, put_proved, seal};
+use crate::publish::{MANIFEST_BYTES, mirror, point, put_proved, seal};
 use crate::store::Store;
 
 /// Older releases that a site catches up on.
@@ -130,18 +130,17 @@ impl Here {
         Ok(())
     }
 
-    /// Copies what the holder published of a release, byte by byte.
+    /// Copies the manifest that the holder published of a release byte by byte, and then points to it.
+    ///
+    /// The pointer is never copied: the holder writes it last, and a copy taken before that would stay.
     async fn mirror_sealed(&self, release: &DagRelease, until: Deadline) -> Result<(), PlaneError> {
         let key = self.names.release(release);
-        if until.bound("the published release", self.own.head(&key)).await??.is_some() {
-            return Ok(());
-        }
-        for key in [key, self.names.current()] {
+        if until.bound("the published release", self.own.head(&key)).await??.is_none() {
             let theirs = until.bound("the published release", self.peer.get(&key, MANIFEST_BYTES)).await??;
-            if let Some(body) = theirs {
-                until.bound("the published release", put_proved(&self.own, &key, body)).await??;
-            }
+            let Some(body) = theirs else { return Ok(()) };
+            until.bound("the published release", put_proved(&self.own, &key, body)).await??;
         }
+        until.bound("the pointer", point(&self.own, &self.names, release)).await??;
         Ok(())
     }
 }

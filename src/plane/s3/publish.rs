@@ -181,6 +181,13 @@ pub(crate) async fn seal(
     if !had {
         put_proved(store, &key, Bytes::from(body)).await?;
     }
+    let stood = point(store, names, release).await?;
+    let seen = format!("{key} and its pointer stand at {}, read back", store.site);
+    Ok(if had && stood { Evidence::already(seen) } else { Evidence::changed(seen) })
+}
+
+/// Points to a release in one store, unless it or a later one is pointed to. Whether that stood.
+pub(crate) async fn point(store: &Store, names: &Names, release: &DagRelease) -> Result<bool, PlaneError> {
     let current = store.get(&names.current(), MANIFEST_BYTES).await?;
     let pointer = current.and_then(|b| serde_json::from_slice::<DagRelease>(&b).ok());
     let stands = pointer.is_some_and(|p| p == *release || p.serial > release.serial);
@@ -188,8 +195,7 @@ pub(crate) async fn seal(
         let body = serde_json::to_vec(release).map_err(|e| PlaneError::failed("write the pointer", &e))?;
         put_proved(store, &names.current(), Bytes::from(body)).await?;
     }
-    let seen = format!("{key} and its pointer stand at {}, read back", store.site);
-    Ok(if had && stands { Evidence::already(seen) } else { Evidence::changed(seen) })
+    Ok(stands)
 }
 
 #[async_trait]
