@@ -40,6 +40,8 @@ pub(crate) struct Delays {
 pub(crate) struct Marks {
     /// The fence of a run, in force until its own undo, or until a later epoch opened or followed here.
     pub fence: Option<FenceMark>,
+    /// A run made its target synchronous; upkeep leaves that alone until the run takes it back.
+    pub pre_sync: Option<RunId>,
     /// Closed because the lease ended; a reopen may take it away.
     pub self_closed: bool,
     /// Replay delays to give back.

@@ -1,6 +1,7 @@
 //! The contract of a plane, kept by the acts of this driver.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use dc_core::act::{Act, ActName, Evidence, PostgresAct, Progress};
@@ -21,6 +22,14 @@ fn ours(act: &Act) -> Result<PostgresAct, PlaneError> {
     }
 }
 
+/// What comes too late is not begun.
+fn in_time(act: &Act, until: Deadline) -> Result<(), PlaneError> {
+    if until.passed() {
+        return Err(PlaneError::TimedOut { what: format!("begin {}", act.name), waited: Duration::ZERO });
+    }
+    Ok(())
+}
+
 #[async_trait]
 impl Plane for Postgres {
     fn kind(&self) -> PlaneKind {
@@ -38,6 +47,7 @@ impl Plane for Postgres {
         let probe = async {
             match name {
                 PostgresAct::FenceClients => local.probe_fence(act, until).await,
+                PostgresAct::PreSync => local.probe_pre_sync(act, until).await,
                 PostgresAct::Stop => local.probe_stop(act, until).await,
                 PostgresAct::Promote => local.probe_promote(act, until).await,
                 PostgresAct::Open => local.probe_open(act, until).await,
@@ -47,7 +57,6 @@ impl Plane for Postgres {
                 PostgresAct::Preflight
                 | PostgresAct::Checkpoint
                 | PostgresAct::Recheck
-                | PostgresAct::PreSync
                 | PostgresAct::Replayed
                 | PostgresAct::Verify
                 | PostgresAct::Stand
@@ -59,6 +68,7 @@ impl Plane for Postgres {
 
     async fn perform(&self, act: &Act, by: &Authority, until: Deadline) -> Result<Evidence, PlaneError> {
         self.0.check_addressee(act)?;
+        in_time(act, until)?;
         let local = &self.0;
         match ours(act)? {
             PostgresAct::Preflight => local.preflight(act, false, until).await,
@@ -80,6 +90,7 @@ impl Plane for Postgres {
 
     async fn undo(&self, act: &Act, by: &Authority, until: Deadline) -> Result<Evidence, PlaneError> {
         self.0.check_addressee(act)?;
+        in_time(act, until)?;
         let local = &self.0;
         match ours(act)? {
             PostgresAct::Checkpoint => local.undo_checkpoint(act, until).await,

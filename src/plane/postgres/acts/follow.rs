@@ -179,7 +179,7 @@ impl Local {
             ))
         };
         self.open_door(later, until).await?;
-        self.marks.update(move |m| (m.fence, m.self_closed) = (None, false)).await
+        self.marks.update(move |m| (m.fence, m.pre_sync, m.self_closed) = (None, None, false)).await
     }
 }
 

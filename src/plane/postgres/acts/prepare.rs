@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dc_core::act::{Act, Evidence};
+use dc_core::act::{Act, Evidence, Progress};
+use dc_core::authority::Authority;
 use dc_core::ids::SiteId;
 use dc_plane::{Deadline, PlaneError, wait_until};
 use rustix::process::Signal;
@@ -12,7 +13,6 @@ use tokio_postgres::types::Type;
 use crate::acts::{at_source, must_open, shown};
 use crate::conf;
 use crate::db;
-use crate::instance::Snapshot;
 use crate::local::Local;
 use crate::marks::Delays;
 
@@ -160,6 +160,28 @@ impl Local {
         Ok(ended)
     }
 
+    /// Whether this run's target is synchronous in the server's own view.
+    pub(crate) async fn probe_pre_sync(&self, act: &Act, until: Deadline) -> Result<Progress, PlaneError> {
+        let name = Self::name_of(&act.target);
+        if self.postmaster().is_none() || self.marks.get()?.pre_sync != act.run {
+            return Ok(Progress::NotYet);
+        }
+        if self.names(until).await? != format!("FIRST 1 ({name})") {
+            return Ok(Progress::NotYet);
+        }
+        Ok(match self.sync_state(&name, until).await? {
+            Some((state, sync, flushed)) if state == "streaming" && sync == "sync" => {
+                Progress::Done(Evidence::already(format!("{name} is synchronous, flushed {flushed}")))
+            }
+            _ => Progress::NotYet,
+        })
+    }
+
+    async fn names(&self, until: Deadline) -> Result<String, PlaneError> {
+        let sql = "select current_setting('synchronous_standby_names') as names";
+        db::get(&self.own.one(until, "read names", sql, &[]).await?, "names")
+    }
+
     /// Makes the target synchronous and waits until the server says so. What is acknowledged from then on is there.
     ///
     /// Errors: `Refused` when the target does not stream or does not become synchronous; the names are then as before.
@@ -188,15 +210,18 @@ impl Local {
         if !names.is_empty() && names != ours {
             return Err(PlaneError::refused("DC-0317", format!("synchronous_standby_names is {names:?}")));
         }
+        let run = act.run.clone();
+        self.marks.update(move |m| m.pre_sync = run).await?;
         let limit = Deadline(until.0.min(Deadline::within(SYNC_LIMIT).0));
         match self.become_sync(&ours, &name, limit).await {
             Ok(flushed) => {
                 self.watch_sync(name.clone());
                 let seen = format!("{name} is synchronous, flushed {flushed}, after {:.1?}", begun.elapsed());
-                Ok(if already { Evidence::already(seen) } else { Evidence::changed(seen) })
+                Ok(Evidence::changed(seen))
             }
             Err(e) => {
                 self.clear_names(Deadline::within(SETTLE)).await?;
+                self.marks.update(|m| m.pre_sync = None).await?;
                 Err(PlaneError::refused("DC-0305", format!("{} did not become synchronous: {e}", act.target)))
             }
         }
@@ -246,13 +271,13 @@ impl Local {
     /// Clears the names that pre-sync set.
     pub(crate) async fn undo_pre_sync(
         &self,
-        by: &dc_core::authority::Authority,
+        by: &Authority,
         until: Deadline,
     ) -> Result<Evidence, PlaneError> {
         must_open(by)?;
         let cleared = self.clear_names(until).await?;
-        let own = Snapshot::read(&self.own, until).await?;
-        let seen = format!("synchronous_standby_names is {:?}", own.setting("synchronous_standby_names"));
+        self.marks.update(|m| m.pre_sync = None).await?;
+        let seen = format!("synchronous_standby_names is {:?}", self.names(until).await?);
         Ok(if cleared { Evidence::changed(seen) } else { Evidence::already(seen) })
     }
 

@@ -107,19 +107,15 @@ impl Local {
         let reserved = Self::reserved(act)?;
         let token = token_of(act)?.clone();
         let _one = self.role_lock(until).await?;
-        if let Progress::Done(evidence) = self.probe_promote(act, until).await.unwrap_or(Progress::NotYet) {
-            return Ok(evidence);
-        }
         // set by the client fence already, as a rule: then nothing is written within the outage
-        self.marks
-            .update(move |m| m.fence = m.fence.take().filter(|f| f.run == mark.run).or(Some(mark)))
-            .await?;
+        self.marks.update(|m| m.fence = m.fence.take().filter(|f| f.run == mark.run).or(Some(mark))).await?;
         if self.postmaster().is_none() {
             self.raise(reserved, until).await?;
         }
         let begun = tokio::time::Instant::now();
         let row = self.own.one(until, "read the standby", STANDING, &[]).await?;
-        if db::get::<bool>(&row, "in_recovery")? {
+        let recovering: bool = db::get(&row, "in_recovery")?;
+        if recovering {
             let replayed = db::lsn(&row, "replayed")?;
             if replayed.is_none_or(|at| at <= token.checkpoint) {
                 let why = format!("replayed {}, token {}", shown(replayed), token.checkpoint);
@@ -133,18 +129,18 @@ impl Local {
             self.leave_recovery(until).await?;
         }
         let out = begun.elapsed();
-        let own = Snapshot::read(&self.own, until).await?;
-        if own.timeline != reserved {
-            let why = format!("the promotion took timeline {}, reserved was {reserved}", own.timeline);
+        let switch = self.verify_switch(act, reserved)?;
+        let timeline = self.write_epoch_row(act, reserved, until).await?;
+        if timeline != reserved {
+            let why = format!("the promotion took timeline {timeline}, reserved was {reserved}");
             return Err(PlaneError::refused("DC-0327", why));
         }
-        let switch = self.verify_switch(act, reserved)?;
-        self.write_epoch_row(act, reserved, until).await?;
         let seen = format!(
             "primary on timeline {reserved} after {out:.1?}, switched at {switch} (token {} and its record), epoch {} written",
             token.checkpoint, act.epoch
         );
-        Ok(Evidence::changed(seen).with(Outcome::SwitchPoint(switch)))
+        let evidence = if recovering { Evidence::changed(seen) } else { Evidence::already(seen) };
+        Ok(evidence.with(Outcome::SwitchPoint(switch)))
     }
 
     /// Starts an instance that is down and shall be promoted, or was being promoted when it died.
@@ -263,14 +259,17 @@ impl Local {
         db::get(&self.own.one(until, "read the epoch row", sql, &with).await?, "there")
     }
 
-    async fn write_epoch_row(&self, act: &Act, timeline: u32, until: Deadline) -> Result<(), PlaneError> {
-        self.ensure_tables(until).await?;
+    /// Writes the epoch row and returns the timeline that this instance writes.
+    ///
+    /// Our tables came with the log, made before the fence; only if they did not, they are made here.
+    async fn write_epoch_row(&self, act: &Act, timeline: u32, until: Deadline) -> Result<u32, PlaneError> {
         let (incarnation, counter) = epoch_numbers(act)?;
         let (group, site, timeline) = (act.group.as_str(), self.site.as_str(), i64::from(timeline));
         let run = act.run.as_ref().map(ToString::to_string);
         let sql = "insert into dcswitch.epoch (group_name, incarnation, counter, site, run, timeline)
                    values ($1, $2, $3, $4, $5, $6) on conflict (group_name, incarnation, counter)
-                   do update set site = excluded.site, run = excluded.run, timeline = excluded.timeline";
+                   do update set site = excluded.site, run = excluded.run, timeline = excluded.timeline
+                   returning ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int as timeline";
         let with: [db::Bound<'_>; 6] = [
             (&group, Type::TEXT),
             (&incarnation, Type::INT8),
@@ -279,7 +278,14 @@ impl Local {
             (&run, Type::TEXT),
             (&timeline, Type::INT8),
         ];
-        self.own.all(until, "write the epoch row", sql, &with).await.map(|_| ())
+        let row = match self.own.one(until, "write the epoch row", sql, &with).await {
+            Err(PlaneError::Failed { .. }) => {
+                self.ensure_tables(until).await?;
+                self.own.one(until, "write the epoch row", sql, &with).await?
+            }
+            other => other?,
+        };
+        Ok(db::get::<i32>(&row, "timeline")?.cast_unsigned())
     }
 
     /// Whether the door is open here on a primary of the act's epoch.
@@ -328,7 +334,7 @@ impl Local {
         };
         self.open_door(later, until).await?;
         let opened = begun.elapsed();
-        self.marks.update(move |m| (m.fence, m.self_closed) = (None, false)).await?;
+        self.marks.update(move |m| (m.fence, m.pre_sync, m.self_closed) = (None, None, false)).await?;
         let knocked = self.knock_all(until).await?;
         if knocked.by_rule == knocked.asked && knocked.asked > 0 {
             tracing::warn!(

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, ensure};
 use dc_core::act::PostgresAct as P;
 use dc_core::authority::Authority;
 use dc_core::ids::SiteId;
-use dc_plane::{Deadline, Depth, PlaneError, Role};
+use dc_plane::{Deadline, Depth, PlaneError, Role, suite};
 use tokio::time::Instant;
 
 use pair::{Load, Pair, Run, ms};
@@ -43,11 +43,11 @@ fn as_owner<F: Future<Output = Result<()>>>(name: &str, body: impl FnOnce() -> F
 }
 
 /// Runs and moves once; returns the outage that clients saw.
-async fn moved(times: usize) -> Result<Duration> {
+async fn moved(twice: bool) -> Result<Duration> {
     let mut run = Run::new(Pair::open()?).await?;
-    run.times = times;
+    run.twice = twice;
     let (source, target) = (run.source.clone(), run.target.clone());
-    println!("{source} -> {target}, each act {times} times");
+    println!("{source} -> {target}, each act twice: {twice}");
     let load = Load::start(&source, 4).await?;
     run.prepare().await?;
     let since = Instant::now();
@@ -63,8 +63,8 @@ async fn moved(times: usize) -> Result<Duration> {
 #[test]
 fn moves_there_and_back_and_loses_nothing_with_every_act_twice() -> Result<()> {
     as_owner("moves_there_and_back_and_loses_nothing_with_every_act_twice", || async {
-        moved(2).await?;
-        moved(2).await?;
+        moved(true).await?;
+        moved(true).await?;
         Ok(())
     })
 }
@@ -74,7 +74,7 @@ fn the_outage_is_measured_over_moves() -> Result<()> {
     as_owner("the_outage_is_measured_over_moves", || async {
         let mut seen = Vec::new();
         for _ in 0..6 {
-            seen.push(ms(moved(1).await?));
+            seen.push(ms(moved(false).await?));
         }
         seen.sort_by(f64::total_cmp);
         println!("outage of {} moves, ms: median {:.0}, all {seen:.0?}", seen.len(), seen[seen.len() / 2]);
@@ -98,7 +98,8 @@ fn undo_at_every_fencing_act_lets_the_old_site_serve_again() -> Result<()> {
             run.forget_drivers();
             for (name, at) in acts.iter().rev() {
                 run.undo(*name, at).await?;
-                run.undo(*name, at).await?;
+                let (act, driver) = (run.act(*name, at), run.driver(at)?);
+                suite::undoes(driver.as_ref(), &act, &run.authority(), Duration::from_secs(30)).await?;
             }
             run.undo(P::Checkpoint, &run.target.clone()).await?;
             load.more_acks(&source, 50).await?;
@@ -108,7 +109,7 @@ fn undo_at_every_fencing_act_lets_the_old_site_serve_again() -> Result<()> {
             ensure!(names.is_empty(), "synchronous names are left: {names}");
             load.end(&source).await?;
         }
-        moved(1).await.map(|_| ())
+        moved(false).await.map(|_| ())
     })
 }
 
@@ -163,7 +164,7 @@ fn refuses_over_a_broken_link_and_the_source_never_stops() -> Result<()> {
         }
         cut(&run, false).await?;
         load.end(&source).await?;
-        moved(1).await.map(|_| ())
+        moved(false).await.map(|_| ())
     })
 }
 
@@ -193,7 +194,7 @@ fn a_frozen_target_costs_a_refusal_and_no_row() -> Result<()> {
         load.end(&source).await?;
         run.undo(P::Checkpoint, &target).await?;
         wait_stream(&run.pair, &source).await?;
-        moved(1).await.map(|_| ())
+        moved(false).await.map(|_| ())
     })
 }
 
@@ -257,13 +258,13 @@ fn a_run_returns_before_it_opened_and_loses_nothing() -> Result<()> {
                 run.perform(P::Promote, &target).await?;
             }
             run.turn_back();
-            run.times = 2;
+            run.twice = true;
             run.finish().await?;
             load.more_acks(&source, 50).await?;
             ensure!(run.pair.direction().await?.0 == source, "the source does not hold it again");
             load.end(&source).await?;
         }
-        moved(1).await.map(|_| ())
+        moved(false).await.map(|_| ())
     })
 }
 
@@ -295,7 +296,7 @@ fn where_a_rewind_fails_a_new_base_backup_follows() -> Result<()> {
         println!("  {}", evidence.seen);
         ensure!(evidence.seen.starts_with("copied anew"), "{}", evidence.seen);
         run.perform(P::Verify, &source).await?;
-        moved(1).await.map(|_| ())
+        moved(false).await.map(|_| ())
     })
 }
 
@@ -364,6 +365,7 @@ fn an_observation_takes_milliseconds_and_knows_its_age() -> Result<()> {
         let load = Load::start(&holder, 2).await?;
         for site in [&holder, &standby] {
             let driver = pair.driver(site)?;
+            suite::observes(driver.as_ref(), Duration::from_secs(5)).await?;
             let mut seen = Vec::new();
             for _ in 0..20 {
                 let begun = Instant::now();

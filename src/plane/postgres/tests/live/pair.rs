@@ -12,7 +12,7 @@ use dc_core::authority::Authority;
 use dc_core::ids::{Epoch, RunId, SiteId, Token};
 use dc_core::position::Timelines;
 use dc_core::spec::GroupSpec;
-use dc_plane::{Deadline, Plane, PlaneError};
+use dc_plane::{Deadline, Plane, PlaneError, suite};
 use dc_plane_postgres::Config;
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
@@ -105,6 +105,13 @@ impl Pair {
         for (site, other) in [(&a, &b), (&b, &a)] {
             if let Ok(admin) = self.superuser(site).await {
                 admin.batch_execute("alter system set synchronous_standby_names = ''").await?;
+                let upstream: String = admin.query_one("show primary_conninfo", &[]).await?.get(0);
+                let real = self.config(site)?.sites.get(other).context("no address")?.port;
+                if upstream.contains("port='1'") {
+                    let upstream =
+                        upstream.replace("port='1'", &format!("port='{real}'")).replace('\'', "''");
+                    admin.batch_execute(&format!("alter system set primary_conninfo = '{upstream}'")).await?;
+                }
                 admin.batch_execute("select pg_reload_conf()").await?;
             }
             let path = self.file(site)?.data_dir.join("postgres/marks.json");
@@ -172,8 +179,8 @@ pub struct Run {
     id: RunId,
     epoch: Epoch,
     token: Mutex<u64>,
-    /// Each act is performed that often, by a fresh driver each time.
-    pub times: usize,
+    /// Each act keeps what every plane promises: its deadline, and to be performed twice.
+    pub twice: bool,
     drivers: Option<(Arc<dyn Plane>, Arc<dyn Plane>)>,
 }
 
@@ -196,7 +203,7 @@ impl Run {
             id: RunId(format!("LIVE{now}")),
             epoch: Epoch { incarnation: 1, counter },
             token: Mutex::new(u64::try_from(now / 1_000_000)?),
-            times: 1,
+            twice: false,
             drivers,
         })
     }
@@ -251,18 +258,23 @@ impl Run {
     }
 
     pub async fn perform(&mut self, name: PostgresAct, at: &SiteId) -> Result<Evidence, PlaneError> {
-        let mut last = None;
-        for _ in 0..self.times {
-            let driver = self
-                .driver(at)
-                .map_err(|e| PlaneError::Failed { what: "build".into(), why: e.to_string() })?;
-            let act = self.act(name, at);
-            let begun = Instant::now();
-            let evidence = driver.perform(&act, &self.authority(), Deadline::within(LIMIT)).await?;
-            println!("  {:8.1} ms  {at:5} {}: {}", ms(begun.elapsed()), act.name, evidence.seen);
-            last = Some(evidence);
-        }
-        let evidence = last.ok_or_else(|| PlaneError::refused("DC-0000", "performed no times"))?;
+        let driver = self.driver(at).map_err(|e| failed(&e))?;
+        let (act, by) = (self.act(name, at), self.authority());
+        let begun = Instant::now();
+        let evidence = if self.twice {
+            let stays = matches!(name, PostgresAct::FenceClients | PostgresAct::PreSync | PostgresAct::Stop)
+                || matches!(name, PostgresAct::Promote | PostgresAct::Open | PostgresAct::Follow);
+            let seen = if stays {
+                suite::keeps_its_deadline(driver.as_ref(), &act, &by).await.map_err(|e| failed(&e.into()))?;
+                suite::stands(driver.as_ref(), &act, &by, LIMIT).await
+            } else {
+                suite::repeatable(driver.as_ref(), &act, &by, LIMIT).await
+            };
+            seen.map_err(|e| failed(&e.into()))?
+        } else {
+            driver.perform(&act, &by, Deadline::within(LIMIT)).await?
+        };
+        println!("  {:8.1} ms  {at:5} {}: {}", ms(begun.elapsed()), act.name, evidence.seen);
         self.given.extend(evidence.outcomes.iter().filter(|o| !matches!(o, Outcome::Findings(_))).cloned());
         Ok(evidence)
     }
@@ -332,6 +344,10 @@ impl Run {
         self.perform(PostgresAct::Verify, &holder).await?;
         Ok(())
     }
+}
+
+fn failed(why: &anyhow::Error) -> PlaneError {
+    PlaneError::Failed { what: "perform".into(), why: why.to_string() }
 }
 
 pub fn ms(of: Duration) -> f64 {
