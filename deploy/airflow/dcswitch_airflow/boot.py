@@ -9,7 +9,10 @@ whatever files lie about. One JSON object per line over the socket (mode 0600), 
 
     > {"do":"status"}
     > {"do":"open","by":{"origin":"step","epoch":"0.3","token":41}}     or reopen; standby: api only
+    > {"do":"open","by":{...},"parts":["scheduler"]}    these first; what is missing follows when asked again
     > {"do":"close","grace_ms":1000}          api only: ends its part, keeps what is imported
+    > {"do":"facts","nonce":"..."}            what `facts` prints, as this very process has it
+    > {"do":"logs"}                           how many task logs wait on disk
     < {"role":"writers","state":"closed|open|draining","by":null,"parts":{"scheduler":72},
        "open_ms":1200,"pid":70}
     < {"error":"..."}
@@ -34,7 +37,9 @@ import threading
 import time
 import traceback
 
-PARTS = {"api": ("api",), "writers": ("dag-processor", "triggerer", "scheduler")}
+from dcswitch_airflow import facts, logs
+
+PARTS = {"api": ("api",), "writers": ("scheduler", "dag-processor", "triggerer")}
 # the scheduler waits for its tasks, and those report through whatever else still runs
 STOP_ORDER = ("scheduler", "triggerer", "dag-processor", "api")
 ARGV = {
@@ -103,15 +108,25 @@ def warm_writers():
     import airflow.cli.commands.triggerer_command  # noqa: F401
     import airflow.dag_processing.manager  # noqa: F401
     import airflow.dag_processing.processor  # noqa: F401
+    import airflow.api_fastapi.auth.tokens  # noqa: F401
+    import airflow.api_fastapi.execution_api.app  # noqa: F401
+    import airflow.callbacks.database_callback_sink  # noqa: F401
     import airflow.executors.local_executor  # noqa: F401
     import airflow.sdk.execution_time.supervisor  # noqa: F401
     import airflow.sdk.execution_time.task_runner  # noqa: F401
+    import airflow.utils.serve_logs  # noqa: F401
     import psycopg2  # noqa: F401
+    from airflow import models
+    from airflow.logging_config import get_remote_task_log
     from airflow.providers_manager import ProvidersManager
     from airflow.utils.providers_configuration_loader import providers_configuration_loaded
+    from sqlalchemy.orm import configure_mappers
 
     providers_configuration_loaded(lambda: None)()
     ProvidersManager().initialize_providers_hooks()
+    get_remote_task_log()
+    models.import_all_models()
+    configure_mappers()
     parser = get_parser()
     for argv in ARGV.values():
         parser.parse_args(argv)
@@ -188,8 +203,8 @@ class Master:
             sys.stderr.flush()
             os._exit(code)
 
-    def open(self, by) -> None:
-        """Opens the gate for a named authority."""
+    def open(self, by, parts) -> None:
+        """Opens the gate for a named authority and starts those parts that do not run."""
         origins = ("step", "reopen", "standby") if self.role == "api" else ("step", "reopen")
         if not isinstance(by, dict) or by.get("origin") not in origins or not by.get("epoch"):
             raise ValueError(f"the gate opens only to {' or '.join(origins)} that names its epoch")
@@ -198,14 +213,16 @@ class Master:
             raise ValueError(f"token {token} is older than {self.token}")
         if self.state == "draining":
             raise ValueError("this unit drains; start a new one")
-        if self.state == "open":
-            return
+        if unknown := set(parts) - set(PARTS[self.role]):
+            raise ValueError(f"no parts {sorted(unknown)}")
+        if self.state != "open":
+            self.opened = time.monotonic()
         self.token, self.by, self.state = max(token, self.token), by, "open"
-        self.opened = time.monotonic()
         if threading.active_count() != 1:
             say("threads before the fork:", [thread.name for thread in threading.enumerate()])
-        for name in PARTS[self.role]:
-            self.spawn(name)
+        for name in parts:
+            if name not in self.parts:
+                self.spawn(name)
 
     def close(self, grace_s: float) -> None:
         """Ends the parts of an API master, which stays warm."""
@@ -271,9 +288,13 @@ class Master:
                 case "status":
                     pass
                 case "open":
-                    self.open(request["by"])
+                    self.open(request["by"], request.get("parts", PARTS[self.role]))
                 case "close":
                     self.close(request["grace_ms"] / 1000)
+                case "facts":
+                    return facts.collect(request["nonce"])
+                case "logs":
+                    return {"waiting": len(logs.waiting(logs.base()))}
                 case other:
                     raise ValueError(f"no request {other!r}")
         except (ValueError, KeyError, TypeError, OSError) as cause:
@@ -339,6 +360,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["_AIRFLOW_PROCESS_CONTEXT"] = "server"
     commands = None
+    facts.heads()
     if args.role == "api":
         warm_api()
     else:

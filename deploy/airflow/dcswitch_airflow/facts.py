@@ -6,6 +6,7 @@ Keys are never printed: only HMAC-SHA256(key, NONCE + name), so that two sites c
 under a nonce that both are given. Reads no database and changes nothing.
 """
 
+import functools
 import hashlib
 import hmac
 import json
@@ -34,12 +35,13 @@ def fingerprint(key: str, name: str, nonce: str) -> str:
     return hmac.new(key.encode(), f"{nonce}\n{name}".encode(), hashlib.sha256).hexdigest()
 
 
-def heads() -> list[str]:
+@functools.cache
+def heads() -> tuple[str, ...]:
     """The schema revisions that these binaries want."""
     from airflow.utils.db import _get_alembic_config
     from alembic.script import ScriptDirectory
 
-    return sorted(ScriptDirectory.from_config(_get_alembic_config()).get_heads())
+    return tuple(sorted(ScriptDirectory.from_config(_get_alembic_config()).get_heads()))
 
 
 def collect(nonce: str) -> dict:

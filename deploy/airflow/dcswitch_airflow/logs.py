@@ -17,10 +17,17 @@ import sys
 ATTEMPT = re.compile(r"^dag_id=[^/]+/run_id=[^/]+/task_id=[^/]+/(map_index=\d+/)?attempt=\d+\.log(\.trigger\.\d+\.log)?$")
 
 
-def waiting(base: pathlib.Path) -> list[str]:
+def base() -> pathlib.Path:
+    """The folder of all logs."""
+    from airflow.configuration import conf
+
+    return pathlib.Path(conf.get("logging", "base_log_folder")).expanduser()
+
+
+def waiting(folder: pathlib.Path) -> list[str]:
     """Paths, below the base folder, of attempts whose log has content on disk."""
-    found = (path for path in base.glob("dag_id=*/**/attempt=*.log*") if path.is_file())
-    names = (path.relative_to(base).as_posix() for path in found if path.stat().st_size > 0)
+    found = (path for path in folder.glob("dag_id=*/**/attempt=*.log*") if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in found if path.stat().st_size > 0)
     return sorted(name for name in names if ATTEMPT.match(name))
 
 
@@ -31,13 +38,12 @@ def main() -> int:
     from airflow.configuration import conf
     from airflow.logging_config import get_remote_task_log
 
-    base = pathlib.Path(conf.get("logging", "base_log_folder")).expanduser()
-    before = waiting(base)
+    before = waiting(base())
     remote = get_remote_task_log() if conf.getboolean("logging", "remote_logging") else None
     if before and remote is not None:
         for name in before:
             remote.upload(name, None)
-    after = waiting(base)
+    after = waiting(base())
     answer = {"found": len(before), "uploaded": len(before) - len(after), "left": after[:20], "left_count": len(after)}
     print(json.dumps(answer), file=out)
     return 1 if after else 0

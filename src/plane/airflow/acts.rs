@@ -225,9 +225,13 @@ async fn prove_gone(site: &Site, until: Deadline) -> Result<Evidence, PlaneError
 }
 
 async fn upload_task_logs(site: &Site, until: Deadline) -> Result<Evidence, PlaneError> {
+    const NONE: &str = "no finished attempt's log is on disk only";
+    if site.units.logs_waiting(until).await? == Some(0) {
+        return Ok(Evidence::already(NONE));
+    }
     let uploaded = tools::upload_logs(&site.checked, until).await?;
     Ok(if uploaded.found == 0 {
-        Evidence::already("no finished attempt's log is on disk only")
+        Evidence::already(NONE)
     } else {
         Evidence::changed(format!("{} logs that were on disk only are in the bucket", uploaded.uploaded))
     })
@@ -325,7 +329,7 @@ async fn self_close(site: &Site, until: Deadline) -> Result<Evidence, PlaneError
 async fn serve(site: &Site, act: &Act, by: &Authority, until: Deadline) -> Result<Evidence, PlaneError> {
     let api = open_api(site, by, until).await?;
     let gate = site.units.gate(Unit::Writers, until).await?;
-    if gate.as_ref().is_some_and(Gate::open) {
+    if gate.as_ref().is_some_and(|gate| gate.whole(Unit::Writers)) {
         let moving = site.moving(until).await?;
         return Ok(Evidence::already(format!("{}; own scheduler row {} moves", api.seen, moving.row.id)));
     }

@@ -47,7 +47,7 @@ pub(crate) async fn run(site: &Site, act: &Act, until: Deadline) -> Result<Evide
     let recheck = act.name.word() == "recheck";
     let nonce = act.run.as_ref().map_or("upkeep", |run| run.0.as_str());
     let (facts, reading, api, writers) = tokio::join!(
-        tools::facts(&site.checked, nonce, until),
+        installation(site, nonce, until),
         site.database.read(until),
         site.api.answers(until),
         site.units.gate(Unit::Writers, until),
@@ -75,6 +75,14 @@ pub(crate) async fn run(site: &Site, act: &Act, until: Deadline) -> Result<Evide
         }
     }
     Ok(evidence.with(Outcome::Findings(found.all)))
+}
+
+/// As a running interpreter has it, else as a new one would.
+async fn installation(site: &Site, nonce: &str, until: Deadline) -> Result<Facts, PlaneError> {
+    match site.units.facts(nonce, until).await {
+        Ok(Some(facts)) => Ok(facts),
+        Ok(None) | Err(_) => tools::facts(&site.checked, nonce, until).await,
+    }
 }
 
 /// What must be equal at both sites.

@@ -16,7 +16,7 @@ use crate::config::Checked;
 use crate::db::{Database, Scheduler};
 use crate::policy;
 use crate::rest::Api;
-use crate::units::{Gate, Unit, Units};
+use crate::units::{Gate, SCHEDULER, Unit, Units};
 
 /// One Airflow at one site.
 pub(crate) struct Site {
@@ -59,7 +59,7 @@ impl Site {
     pub(crate) async fn open_api(&self, by: &Authority, until: Deadline) -> Result<(Gate, bool), PlaneError> {
         let (mut gate, mut changed) = self.units.warm(Unit::Api, until).await?;
         if !gate.open() {
-            gate = self.units.open(Unit::Api, by, until).await?;
+            gate = self.units.open(Unit::Api, Unit::Api.parts(), by, until).await?;
             changed = true;
         }
         patiently("the task routes of the API", until, || self.api.execution_health(until)).await?;
@@ -133,10 +133,10 @@ impl Site {
         Ok(Moving { row, seen, moved: began.elapsed() })
     }
 
-    /// Whether the writers are open and this start's own row has beaten lately.
+    /// Whether the writers are open, all of them, and this start's own row has beaten lately.
     pub(crate) async fn writers_serve(&self, until: Deadline) -> Result<Option<Scheduler>, PlaneError> {
         let gate = self.units.gate(Unit::Writers, until).await?;
-        let Some(gate) = gate.filter(Gate::open) else { return Ok(None) };
+        let Some(gate) = gate.filter(|gate| gate.whole(Unit::Writers)) else { return Ok(None) };
         let rows = self.database.schedulers(until).await?;
         Ok(self.own(&rows, &gate).filter(|row| row.beat_age < Duration::from_secs(30)).cloned())
     }
@@ -164,9 +164,16 @@ impl Site {
             if self.noted(key).is_none() {
                 self.apply_policy(key, by, until).await?;
             }
-            self.units.open(Unit::Writers, by, until).await?;
+            self.units.open(Unit::Writers, &[SCHEDULER], by, until).await?;
         }
-        Ok((self.moving(until).await?, warmed))
+        let moving = self.moving(until).await?;
+        // what parses files comes after what starts tasks: on a small host they would slow each other
+        let gate = self.units.open(Unit::Writers, Unit::Writers.parts(), by, until).await?;
+        if !gate.whole(Unit::Writers) {
+            let why = format!("only {:?} work", gate.parts.keys().collect::<Vec<_>>());
+            return Err(PlaneError::Failed { what: "start writers".into(), why });
+        }
+        Ok((moving, warmed))
     }
 
     /// Decides what becomes of held tasks, through this site's own API, and notes it on disk.

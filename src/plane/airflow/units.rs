@@ -19,6 +19,7 @@ use tokio::net::UnixStream;
 use tokio::process::Command;
 
 use crate::config::Checked;
+use crate::tools::Facts;
 
 /// A unit of a site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +37,18 @@ impl Unit {
             Self::Writers => "writers",
         }
     }
+
+    /// What works in it. Of the writers the scheduler alone decides how long tasks wait.
+    pub(crate) fn parts(self) -> &'static [&'static str] {
+        match self {
+            Self::Api => &["api"],
+            Self::Writers => &[SCHEDULER, "dag-processor", "triggerer"],
+        }
+    }
 }
+
+/// The part that starts tasks.
+pub(crate) const SCHEDULER: &str = "scheduler";
 
 /// What a keeper says of its unit.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -59,9 +71,19 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
+    /// Whether every part of the unit works.
+    pub(crate) fn whole(&self, unit: Unit) -> bool {
+        self.open() && unit.parts().iter().all(|part| self.parts.contains_key(*part))
+    }
+
     pub(crate) fn open(&self) -> bool {
         self.state == "open"
     }
+}
+
+#[derive(Deserialize)]
+struct Waiting {
+    waiting: u64,
 }
 
 /// Proof that no process of a unit exists.
@@ -111,6 +133,24 @@ impl Units {
     /// What the gate says; none when none answers: not started, still importing, or ended.
     pub(crate) async fn gate(&self, unit: Unit, until: Deadline) -> Result<Option<Gate>, PlaneError> {
         ask(&self.path(unit, "gate"), &json!({"do": "status"}), soon(until)).await
+    }
+
+    /// What the running interpreter says of its installation; none when no gate answers.
+    pub(crate) async fn facts(&self, nonce: &str, until: Deadline) -> Result<Option<Facts>, PlaneError> {
+        let request = json!({"do": "facts", "nonce": nonce});
+        for unit in [Unit::Writers, Unit::Api] {
+            if let Some(found) = ask(&self.path(unit, "gate"), &request, until).await? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// How many finished attempts' logs wait on disk; none when no gate answers.
+    pub(crate) async fn logs_waiting(&self, until: Deadline) -> Result<Option<u64>, PlaneError> {
+        let found: Option<Waiting> =
+            ask(&self.path(Unit::Api, "gate"), &json!({"do": "logs"}), until).await?;
+        Ok(found.map(|found| found.waiting))
     }
 
     /// The unit kept and warm, its gate as it is. Starts it when it does not run, ends first
@@ -171,10 +211,16 @@ impl Units {
         }
     }
 
-    /// Opens the gate with an authority that may open.
+    /// Opens the gate with an authority that may open, for all parts or for these.
     ///
     /// Repeat: safe. Errors: `Refused` without such an authority.
-    pub(crate) async fn open(&self, unit: Unit, by: &Authority, until: Deadline) -> Result<Gate, PlaneError> {
+    pub(crate) async fn open(
+        &self,
+        unit: Unit,
+        parts: &[&str],
+        by: &Authority,
+        until: Deadline,
+    ) -> Result<Gate, PlaneError> {
         let by = match by.origin() {
             Origin::Step { run, epoch, token } => {
                 json!({"origin": "step", "run": run.0, "epoch": epoch.to_string(), "token": token.0})
@@ -185,7 +231,7 @@ impl Units {
                 return Err(PlaneError::refused("DC-0620", "writers are opened by a step or a reopen only"));
             }
         };
-        self.tell(unit, &json!({"do": "open", "by": by}), soon(until)).await
+        self.tell(unit, &json!({"do": "open", "by": by, "parts": parts}), soon(until)).await
     }
 
     /// Ends the API's working part; the warm interpreter stays, without a session anywhere.

@@ -189,7 +189,6 @@ fn settings(world: &World, site: &Site) -> Result<BTreeMap<String, String>> {
         ("DC_SITE", site.name.to_owned()),
         ("DC_SITE_HOST", ip.clone()),
         ("DC_MARKS_FILE", world.root.join("marks/marks.tsv").display().to_string()),
-        ("DC_RELEASES_DIR", world.dir(site).join("releases").display().to_string()),
         ("AIRFLOW_HOME", home.display().to_string()),
         ("AIRFLOW_CONN_DC_LOGS", logs.to_string()),
         ("AIRFLOW__CORE__FERNET_KEY", fernet_key(world)?),
@@ -221,9 +220,9 @@ fn settings(world: &World, site: &Site) -> Result<BTreeMap<String, String>> {
 
 /// Where Airflow finds its DAGs: the release that the site's agent materialised last.
 fn bundles(world: &World, site: &Site) -> String {
-    let current = world.dir(site).join("releases/current");
-    json!([{"name": "releases", "classpath": "airflow.dag_processing.bundles.local.LocalDagBundle",
-            "kwargs": {"path": current, "refresh_interval": 5}}])
+    let releases = world.dir(site).join("releases");
+    json!([{"name": "dags", "classpath": "dcswitch_airflow.bundle.ReleaseBundle",
+            "kwargs": {"releases_dir": releases, "refresh_interval": 5}}])
     .to_string()
 }
 

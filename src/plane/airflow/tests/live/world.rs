@@ -81,12 +81,17 @@ impl World {
     pub fn open() -> Result<Self> {
         let root = root()?;
         let spec = toml::from_str(&std::fs::read_to_string(root.join("group.toml"))?)?;
+        // the gates remember the highest token of the tests before
+        let tokens = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
         let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(10)).build()?;
-        Ok(Self { root, spec, http, token: std::sync::atomic::AtomicU64::new(100) })
+        Ok(Self { root, spec, http, token: std::sync::atomic::AtomicU64::new(tokens) })
     }
 
-    pub fn sites(&self) -> (SiteId, SiteId) {
-        (self.spec.sites[0].clone(), self.spec.sites[1].clone())
+    /// The holder and the standby, as their databases are.
+    pub fn pair(&self) -> Result<(SiteId, SiteId)> {
+        let (one, other) = (self.spec.sites[0].clone(), self.spec.sites[1].clone());
+        let follows = self.file(&one)?.postgres.data_dir.join("standby.signal").exists();
+        Ok(if follows { (other, one) } else { (one, other) })
     }
 
     fn file(&self, site: &SiteId) -> Result<AgentFile> {
@@ -126,6 +131,27 @@ impl World {
             if !releases.join("current").exists() {
                 std::os::unix::fs::symlink(&tree, releases.join("current"))?;
             }
+        }
+        Ok(())
+    }
+
+    /// Lets Airflow write its logs at both sites: the fence of the bucket is another plane's.
+    pub fn open_buckets(&self) -> Result<()> {
+        const OPEN: &str = "import boto3,json,sys\n\
+            s=boto3.client('s3',endpoint_url=sys.argv[1],aws_access_key_id='root',aws_secret_access_key=open(sys.argv[2]).read().strip(),region_name='us-east-1')\n\
+            p=json.loads(s.get_bucket_policy(Bucket='orders')['Policy'])\n\
+            p['Statement']=[x for x in p['Statement'] if x['Effect']!='Deny']\n\
+            s.put_bucket_policy(Bucket='orders',Policy=json.dumps(p))";
+        for site in &self.spec.sites {
+            let config = self.config(site)?;
+            let api = &config.sites[site].api;
+            let status = Command::new(config.bin_dir.join("python"))
+                .env("NO_PROXY", "*")
+                .args(["-c", OPEN])
+                .arg(api.replace(":18080", ":17070"))
+                .arg(self.root.join("secrets/s3-root"))
+                .status()?;
+            ensure!(status.success(), "open the bucket of {site}");
         }
         Ok(())
     }
