@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use dc_core::act::{Act, Evidence, Finding, Outcome};
+use dc_core::act::{Act, ActName, Evidence, Finding, Outcome, S3Act};
 use dc_core::ids::PlaneKind;
 use dc_core::position::{Lag, LagUnit};
 use dc_core::time::millis;
@@ -171,7 +171,9 @@ impl Here {
             self.cfg.site,
             current.as_deref().unwrap_or("none")
         );
-        Some(self.finding("DC-0507", true, text))
+        // catch_up brings it to the target before anything is closed, and the recheck after that insists
+        let comes = act.name == ActName::S3(S3Act::Preflight) && self.cfg.site != act.source;
+        Some(self.finding("DC-0507", !comes, text))
     }
 
     /// Logs that the other site shows and this one lacks, counted and not brought.
