@@ -6,6 +6,7 @@
 //! `DC_LAB_KAFKA_BROKERS=2` gives rome a second broker, for tests of the plane that need two leaders.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -74,11 +75,11 @@ pub async fn install(world: &World) -> Result<()> {
     fetch.arg(format!("-Dmaven.repo.local={}", fresh.join("m2").display()));
     fetch.args(["dependency:copy-dependencies", "-DincludeScope=runtime"]);
     fetch.arg(format!("-DoutputDirectory={}", fresh.join("libs").display()));
-    process::run(&mut fetch, Duration::from_secs(600)).await.context("fetch the jars")?;
+    process::run(&mut fetch, Duration::from_mins(10)).await.context("fetch the jars")?;
     world.write(&fresh.join("libs.sha256"), PINS, 0o644)?;
     let mut check = Command::new("sha256sum");
     check.args(["-c", "--strict", "--quiet", "../libs.sha256"]).current_dir(fresh.join("libs"));
-    process::run(&mut check, Duration::from_secs(60)).await.context("check the jars against their pins")?;
+    process::run(&mut check, Duration::from_mins(1)).await.context("check the jars against their pins")?;
     let found = std::fs::read_dir(fresh.join("libs"))?.count();
     ensure!(found == PINS.lines().count(), "{found} jars came, {} are pinned", PINS.lines().count());
     std::fs::remove_dir_all(fresh.join("m2"))?;
@@ -103,7 +104,7 @@ async fn need(program: &str, package: &str) -> Result<()> {
     eprintln!("  installing Debian package {package}");
     let mut apt = Command::new("apt-get");
     apt.args(["install", "-y", "--no-install-recommends", package]).env("DEBIAN_FRONTEND", "noninteractive");
-    process::run(&mut apt, Duration::from_secs(600)).await.map(|_| ())
+    process::run(&mut apt, Duration::from_mins(10)).await.map(|_| ())
 }
 
 /// Starts brokers and workers of both sites side by side; makes grants and the mirror when the lab is founded.
@@ -176,11 +177,8 @@ fn hosts(world: &World) -> String {
     let name = std::fs::read_to_string("/etc/hostname").unwrap_or_default();
     let mut text = format!("127.0.0.1 localhost {}\n", name.trim());
     for site in DATA_SITES {
-        text.push_str(&format!(
-            "{} {site}\n{} to-{site}\n",
-            world.ip(&site),
-            world.link_ip(&site.other(), &site)
-        ));
+        let link = world.link_ip(&site.other(), &site);
+        let _ = write!(text, "{} {site}\n{link} to-{site}\n", world.ip(&site));
     }
     text
 }
@@ -206,11 +204,11 @@ async fn start_broker(world: &World, site: Site, node: u16) -> Result<()> {
     let (link, link_port) = world.link(&site.other(), &site, mirror);
     let mut listeners = format!("CLIENT://{ip}:{client},MIRROR://{ip}:{mirror}");
     if node == 1 {
-        listeners.push_str(&format!(",CONTROLLER://{ip}:{}", port::KAFKA_CONTROLLER));
+        let _ = write!(listeners, ",CONTROLLER://{ip}:{}", port::KAFKA_CONTROLLER);
     }
     let mut users = String::new();
     for user in USERS {
-        users.push_str(&format!(" user_{user}=\"{}\"", password(world, user)?));
+        let _ = write!(users, " user_{user}=\"{}\"", password(world, user)?);
     }
     let dir = world.dir(&site).join(format!("kafka/broker-{node}"));
     world.mkdir(&dir)?;
@@ -450,12 +448,13 @@ pub fn agent_toml(world: &World, _site: &Site) -> String {
     );
     for site in DATA_SITES {
         let (link, link_port) = world.link(&site.other(), &site, port::KAFKA_MIRROR);
-        text.push_str(&format!(
+        let _ = write!(
+            text,
             "[kafka.sites.{site}]\nbootstrap = \"{}:{}\"\nconnect = \"{}\"\nmirror_bootstrap = \"{link}:{link_port}\"\n",
             world.ip(&site),
             port::KAFKA,
             rest(world, site),
-        ));
+        );
     }
     text
 }

@@ -17,7 +17,18 @@ pub(super) const LEFT_MAX: usize = 200_000;
 struct Wanted {
     map: std::sync::Arc<Map>,
     positions: BTreeMap<String, Positions>,
+    /// Where they stand at the target so far.
+    now: BTreeMap<String, Positions>,
     compared: usize,
+}
+
+impl Wanted {
+    /// Partitions at which the target's positions differ from those wanted.
+    fn differing(&self) -> usize {
+        let all = self.positions.iter().flat_map(|(group, rows)| rows.iter().map(move |row| (group, row)));
+        all.filter(|(group, (tp, at))| self.now.get(*group).and_then(|rows| rows.get(*tp)) != Some(at))
+            .count()
+    }
 }
 
 /// Positions below the end, by partition, the lowest of all groups; and whether there is anything to set at all.
@@ -42,7 +53,10 @@ impl KafkaPlane {
         let (source, target) = (&self.source(act)?.cluster, &self.target(act)?.cluster);
         let (source_map, map) =
             futures::try_join!(source.full_map(&carried, until), target.full_map(&carried, until))?;
-        let mut known = groups::positions(source, &source_map, &self.spec.groups, until).await?;
+        let (mut known, now) = futures::try_join!(
+            groups::positions(source, &source_map, &self.spec.groups, until),
+            groups::positions(target, &map, &self.spec.groups, until)
+        )?;
         for positions in known.values_mut() {
             positions.retain(|tp, _| source_ends.contains_key(tp));
         }
@@ -72,7 +86,7 @@ impl KafkaPlane {
             }
         }
         let compared = at_source.values().map(Vec::len).sum();
-        Ok(Wanted { map, positions, compared })
+        Ok(Wanted { map, positions, now, compared })
     }
 
     /// The last records of the target: twice the source's span, for each transaction there ends in a marker.
@@ -129,14 +143,6 @@ impl KafkaPlane {
         Ok(found)
     }
 
-    /// Partitions at which the target's positions differ from those wanted.
-    async fn differing(&self, act: &Act, wanted: &Wanted, until: Deadline) -> Result<usize, PlaneError> {
-        let target = &self.target(act)?.cluster;
-        let now = groups::positions(target, &wanted.map, &self.spec.groups, until).await?;
-        let all = wanted.positions.iter().flat_map(|(group, rows)| rows.iter().map(move |row| (group, row)));
-        Ok(all.filter(|(group, (tp, at))| now.get(*group).and_then(|rows| rows.get(*tp)) != Some(at)).count())
-    }
-
     fn told(wanted: &Wanted, site: &dc_core::ids::SiteId) -> String {
         let rows: usize = wanted.positions.values().map(BTreeMap::len).sum();
         format!(
@@ -151,14 +157,14 @@ impl KafkaPlane {
         act: &Act,
         until: Deadline,
     ) -> Result<Option<Evidence>, PlaneError> {
-        let wanted = self.wanted(act, until).await?;
-        let same = self.differing(act, &wanted, until).await? == 0;
+        let wanted = Box::pin(self.wanted(act, until)).await?;
+        let same = wanted.differing() == 0;
         Ok(same.then(|| Evidence::already(Self::told(&wanted, &act.target))))
     }
 
     pub(super) async fn set_offsets(&self, act: &Act, until: Deadline) -> Result<Evidence, PlaneError> {
-        let wanted = self.wanted(act, until).await?;
-        let differing = self.differing(act, &wanted, until).await?;
+        let wanted = Box::pin(self.wanted(act, until)).await?;
+        let differing = wanted.differing();
         if differing == 0 {
             return Ok(Evidence::already(Self::told(&wanted, &act.target)));
         }

@@ -83,7 +83,10 @@ async fn moves_there_and_back_under_load_and_loses_nothing_and_repeats_nothing()
     let mut world = World::open().await;
     let load = Load::start(&world);
     load.until_acked(&world, 300).await;
-    for round in 0..4 {
+    // More rounds, each act once, show how long a move takes: LIVE_ROUNDS=12.
+    let rounds = std::env::var("LIVE_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(4);
+    let mut shut = Vec::new();
+    for round in 0..rounds {
         let twice = round < 2;
         let lags = [("billing", 40), ("audit", 0)];
         for (group, lag) in lags {
@@ -91,6 +94,9 @@ async fn moves_there_and_back_under_load_and_loses_nothing_and_repeats_nothing()
         }
         let before = load.acked();
         let outage = over(&mut world, twice).await;
+        if !twice {
+            shut.push(outage);
+        }
         load.until_acked_at(&world, &world.target.clone()).await;
         println!(
             "{} -> {}: {} ms shut{}, {} acknowledged before; writers: {}",
@@ -109,6 +115,13 @@ async fn moves_there_and_back_under_load_and_loses_nothing_and_repeats_nothing()
         let more = load.acked();
         load.until_acked(&world, more + 300).await;
     }
+    shut.sort();
+    println!(
+        "  shut, of {} moves: median {:?}, longest {:?}",
+        shut.len(),
+        shut.get(shut.len() / 2),
+        shut.last()
+    );
     let acked = load.stop().await;
     world.same_records_at_both_sites(&acked).await;
 }

@@ -166,6 +166,8 @@ impl Writer {
                 }
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::TopicAuthorizationFailed), _)) => {
                     self.told.lock().refusals.push((Instant::now(), site));
+                    // As an application would: not at once, and not as fast as it can.
+                    tokio::time::sleep(Duration::from_millis(25)).await;
                     at = 1 - at;
                     producer = self.producer(at);
                 }
