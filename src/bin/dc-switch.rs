@@ -10,7 +10,7 @@ use dc_switch::config::Config;
 use dc_wire::tls::Tls;
 
 fn main() -> ExitCode {
-    match run(Cli::parse(), &Roof { check_config }) {
+    match run(Cli::parse(), Roof { check_config }) {
         Ok(exit) => code(exit),
         Err(stopped) => stopped.print(),
     }

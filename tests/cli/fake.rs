@@ -18,7 +18,7 @@ use dc_core::observe::{PlaneFacts, Role};
 use dc_core::plan;
 use dc_core::position::{Lag, LagUnit, Lsn, Position, ShutdownToken};
 use dc_core::registry::{Answer, Command, Entry, Registry};
-use dc_core::run::{Run, Step, Trouble};
+use dc_core::run::{Run, Status, Step, Trouble};
 use dc_core::spec::GroupSpec;
 use dc_core::time::WallTime;
 use dc_core::view::{
@@ -178,11 +178,14 @@ impl World {
     }
 
     pub fn context_with(&self, agents: &[Agent], tls: &TlsFiles, name: &str) -> PathBuf {
-        let agents: String = agents.iter().map(|a| format!("{} = \"{}\"\n", a.site, a.grpc)).collect();
+        let agents: Vec<_> = agents.iter().map(|a| format!("{} = \"{}\"", a.site, a.grpc)).collect();
         let text = format!(
-            "current = \"lab\"\n[contexts.lab]\nenvironment = \"LAB one\"\nca = {:?}\ncert = {:?}\nkey = {:?}\n\
-             [contexts.lab.agents]\n{agents}",
-            tls.ca, tls.cert, tls.key
+            "current = \"lab\"\n[contexts.lab]\nenvironment = \"LAB one\"\nca = \"{}\"\ncert = \"{}\"\nkey = \"{}\"\n\
+             [contexts.lab.agents]\n{}\n",
+            tls.ca.display(),
+            tls.cert.display(),
+            tls.key.display(),
+            agents.join("\n")
         );
         let path = self.folder.path().join(format!("context-{name}.toml"));
         std::fs::write(&path, text).unwrap();
@@ -208,6 +211,11 @@ impl World {
                 if let Some((token, _)) = step.intent() {
                     self.answer(&run, step, token);
                 }
+            }
+            let again =
+                |s: &Step| matches!(&s.status, Status::Failed { attempt, .. } if *attempt < s.plan.attempts);
+            if run.aborting.is_none() && run.steps.iter().any(again) {
+                self.apply("agent/rome", Entry::Retry { run: run.id.clone() });
             }
             let group = self.state().groups[&run.group].epoch;
             let entry = match run.due() {

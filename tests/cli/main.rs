@@ -1,7 +1,8 @@
 //! The built command line against agents in this process, over mutual TLS on loopback.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 mod codes;
+
 mod fake;
 mod http;
 mod orders;

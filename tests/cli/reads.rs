@@ -139,7 +139,7 @@ async fn group_files_are_judged_here_and_there() {
     switch(&context, &["group", "show", "orders"]).await.ended(0).has(&["stop_limit = \"20s\"", "version 2"]);
     std::fs::write(&file, GROUP.to_owned() + "[policy]\nlag_byte_max = 1\n").unwrap();
     let bad = switch(&context, &["group", "apply", path]).await.ended(5);
-    let bad = bad.has(&["DC-0214", "group.toml:20: ", "lag_byte_max", "nothing was changed"]);
+    let bad = bad.has(&["DC-0214", "group.toml:21: ", "lag_byte_max", "nothing was changed"]);
     assert!(!bad.err.contains("asking"), "nobody is asked about a file that cannot be used");
     std::fs::write(&file, GROUP.replace("\"orders\"\nsites", "\"other\"\nsites")).unwrap();
     let overlap = switch(&context, &["group", "apply", path]).await.ended(5);

@@ -20,7 +20,7 @@ pub(crate) enum Config {
 }
 
 impl Config {
-    pub(crate) fn run(self, out: &Out, roof: &Roof) -> Result<Exit, Fail> {
+    pub(crate) fn run(self, out: &Out, roof: Roof) -> Result<Exit, Fail> {
         let Self::Check { file } = self;
         let found = (roof.check_config)(&file)?;
         if out.human() {

@@ -24,7 +24,7 @@ use super::{local, plan, shape, table};
 /// A stream that is silent for this long is opened again, at whoever sees a quorum by then.
 const SILENCE: Duration = Duration::from_secs(15);
 /// How long nobody may answer before the command gives up; the run does not.
-const LOST: Duration = Duration::from_secs(60);
+const LOST: Duration = Duration::from_mins(1);
 /// Between two tries to find an agent.
 const PAUSE: Duration = Duration::from_millis(500);
 /// How long an order may take to show at the agent that is asked.
@@ -185,8 +185,9 @@ fn tell(out: &Out, id: &RunId, run: Option<&Run>, last: Last, goal: Goal) -> Exi
         (Last::TimedOut, _) | (_, None) => Exit::StillRunning,
         (Last::NeedsHuman, Some(_)) => Exit::NeedsHuman,
         (Last::Ended, Some(run)) => match (goal, run.ended.as_ref().map(|e| e.result)) {
-            (Goal::RolledBack, Some(RunResult::RolledBack)) => Exit::Done,
-            (Goal::Returned, Some(RunResult::Returned)) => Exit::Done,
+            (Goal::RolledBack, Some(RunResult::RolledBack)) | (Goal::Returned, Some(RunResult::Returned)) => {
+                Exit::Done
+            }
             _ => shape::exit(run),
         },
     };
@@ -247,7 +248,7 @@ fn times(run: &Run, out: &Out) {
             .into_iter()
             .map(|(stage, steps, ms)| vec![stage.word().into(), steps.to_string(), span(ms)]),
     );
-    table::lines("  ", &rows).iter().for_each(|line| out.print(line));
+    out.table("  ", &rows);
     if let Some(taken) = &run.taken {
         let opened = taken.opened.map(|o| format!(", opened {} later", span(o.0.saturating_sub(taken.at.0))));
         out.print(&format!("  takeover at {}{}", local::clock(taken.at), opened.unwrap_or_default()));
@@ -322,9 +323,9 @@ fn needs_human(run: &Run, out: &Out) {
             out.print(&format!("         {}", line(step, out)));
         }
     }
-    out.print(&format!("  now    {}; the run stays open", now(run)));
+    out.print(&format!("  now    {}; the run stays open and is tried again by itself", now(run)));
     out.print(&format!(
-        "  do     1  dc-switch run retry {}    once the cause is mended (recommended)",
+        "  do     1  dc-switch run retry {}    when the cause is mended, to wait no longer",
         run.id
     ));
     let way = way_out(run);

@@ -160,7 +160,7 @@ fn differs(view: &DiffView, file: &str, out: &Out) -> Exit {
         let mut rows = vec![table::row(&["KEY", "IS", "BECOMES"])];
         let word = |value: &Option<String>| value.as_deref().map_or_else(|| "-".to_owned(), clean);
         rows.extend(view.changes.iter().map(|c| vec![clean(&c.key), word(&c.is), word(&c.becomes)]));
-        table::lines("  ", &rows).iter().for_each(|line| out.print(line));
+        out.table("  ", &rows);
         out.print(&format!("Next: dc-switch group apply {file} --dry-run"));
     }
     if same { Exit::Done } else { Exit::Findings }

@@ -130,7 +130,7 @@ pub fn code(exit: Exit) -> ExitCode {
 /// Runs one command to its end.
 ///
 /// Errors: what stopped it; print it.
-pub fn run(cli: Cli, roof: &Roof) -> Result<Exit, Stopped> {
+pub fn run(cli: Cli, roof: Roof) -> Result<Exit, Stopped> {
     let out = Out::new(cli.global.output, cli.global.color, cli.global.no_input);
     let command = cli.command.unwrap_or(Command::Status(status::Status::default()));
     let ended = match command {

@@ -30,6 +30,7 @@ pub(crate) enum Color {
 
 /// How this command speaks.
 #[derive(Debug, Clone)]
+#[allow(clippy::struct_excessive_bools)] // each asks its own stream
 pub(crate) struct Out {
     format: Format,
     color: bool,
@@ -74,11 +75,19 @@ impl Out {
         self.live
     }
 
+    /// Lines of data that line up.
+    pub(crate) fn table(&self, indent: &str, rows: &[Vec<String>]) {
+        for line in super::table::lines(indent, rows) {
+            self.print(&line);
+        }
+    }
     /// One line of data. A reader that has gone away is no failure of the command.
+    #[allow(clippy::unused_self)] // who prints says through what
     pub(crate) fn print(&self, line: &str) {
         let _ = writeln!(std::io::stdout().lock(), "{line}");
     }
     /// One line of talk.
+    #[allow(clippy::unused_self)] // as above
     pub(crate) fn say(&self, line: &str) {
         let _ = writeln!(std::io::stderr().lock(), "{line}");
     }

@@ -17,7 +17,7 @@ use super::reach::{Home, Reach};
 use super::table;
 
 /// Every plane's preflight at both sites has its own deadline below this.
-const PLAN_LIMIT: Duration = Duration::from_secs(60);
+const PLAN_LIMIT: Duration = Duration::from_mins(1);
 
 /// Of `plan`.
 #[derive(Debug, Subcommand)]

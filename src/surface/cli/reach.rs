@@ -94,7 +94,8 @@ impl Reach {
         let tls = Arc::new(Tls::load(context.tls)?);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         if tls.expires() <= now {
-            let why = format!("its life ended {} ago", super::out::span(millis(now - tls.expires())));
+            let why =
+                format!("its life ended {} ago", super::out::span(millis(now.saturating_sub(tls.expires()))));
             return Err(of("DC-0008", Exit::NotAllowed, format!("certificate {cert} has expired"), why)
                 .next(format!("dc-switch cert show {cert}")));
         }

@@ -117,12 +117,14 @@ async fn list(reach: &Reach, home: &Home, group: Option<&str>, limit: u32, out: 
         .await?;
     local_view(home, out);
     if out.stream() {
-        views.iter().for_each(|view| out.json(&shape::run(&view.run, Exit::Done)));
+        for view in &views {
+            out.json(&shape::run(&view.run, Exit::Done));
+        }
     } else if out.human() {
         let mut rows =
             vec![table::row(&["RUN", "GROUP", "MOVE", "STARTED", "RESULT", "TOOK", "BY", "REASON"])];
         rows.extend(views.iter().map(row));
-        table::lines("", &rows).iter().for_each(|line| out.print(line));
+        out.table("", &rows);
     } else {
         let runs = views.iter().map(|view| shape::run(&view.run, Exit::Done)).collect();
         out.json(&envelope(serde_json::Value::Array(runs)));
@@ -168,7 +170,9 @@ async fn show(reach: &Reach, home: &Home, run: &str, out: &Out) -> Result<Exit, 
         if !title.is_empty() && !steps.is_empty() {
             out.print(title);
         }
-        steps.iter().for_each(|step| out.print(&format!("  {}", line(step, out))));
+        for step in steps {
+            out.print(&format!("  {}", line(step, out)));
+        }
     }
     if run.ended.is_some() || run.attention.is_some() {
         screen(&run, Exit::Done, out);

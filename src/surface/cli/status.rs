@@ -84,7 +84,7 @@ fn sites(view: &StatusView, out: &Out) {
         let version = site.version.as_deref().map_or_else(|| "?".to_owned(), clean);
         rows.push(vec![site.site.to_string(), agent(view, site, out), lease(view, site), version]);
     }
-    table::lines("  ", &rows).iter().for_each(|line| out.print(line));
+    out.table("  ", &rows);
 }
 
 fn agent(view: &StatusView, site: &SiteView, out: &Out) -> String {
@@ -116,7 +116,7 @@ fn group_screen(view: &StatusView, group: &GroupView, out: &Out) {
         last = Some(plane.plane);
         rows.push(plane_row(name, group, plane, out));
     }
-    table::lines("  ", &rows).iter().for_each(|line| out.print(line));
+    out.table("  ", &rows);
     for finding in group.planes.iter().filter_map(|p| p.facts.as_ref()).flat_map(|f| &f.findings) {
         out.print(&format!("  {}", super::plan::finding_line(out, finding)));
     }
@@ -216,17 +216,17 @@ fn notes(view: &StatusView) -> Vec<String> {
 }
 
 fn ill(group: &GroupView, plane: &PlaneView) -> Option<String> {
-    let place = format!("{}: {} at {}", group.name, plane.plane, plane.site);
+    let whose = format!("{}: {} at {}", group.name, plane.plane, plane.site);
     let Some(facts) = plane.facts.as_ref().filter(|_| fresh(plane)) else {
-        return Some(format!("{place} was not read lately"));
+        return Some(format!("{whose} was not read lately"));
     };
     let good = if follows(group, plane) { Role::Following } else { Role::Writable };
     if facts.role != Some(good) {
-        return Some(format!("{place} is not what it should be: {}", facts.summary));
+        return Some(format!("{whose} is not what it should be: {}", facts.summary));
     }
     let blocking: Vec<&Finding> = facts.findings.iter().filter(|f| f.blocking).collect();
     let codes: Vec<_> = blocking.iter().map(|f| f.code.as_str()).collect();
-    (!codes.is_empty()).then(|| format!("{place}: a switchover would be refused ({})", codes.join(", ")))
+    (!codes.is_empty()).then(|| format!("{whose}: a switchover would be refused ({})", codes.join(", ")))
 }
 
 fn next(view: &StatusView) -> String {
