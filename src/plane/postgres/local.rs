@@ -27,6 +27,8 @@ use crate::procs::{self, Process};
 const STOP_EVERY: Duration = Duration::from_millis(2);
 /// How often a start knocks.
 const START_EVERY: Duration = Duration::from_millis(10);
+/// How long a login that was refused may take to be gone.
+const LEAVING: Duration = Duration::from_millis(250);
 /// How long a started server may take to write its lock file before it counts as dead.
 const BIRTH: Duration = Duration::from_secs(5);
 
@@ -384,15 +386,25 @@ impl Local {
         door::sweep(self.running()?, shut_since, is_client, until).await
     }
 
-    /// Whether no client is in, by two equal looks. Changes nothing.
+    /// Whether no client is in that came before the shut door was loaded, by two equal looks. Changes nothing.
+    ///
+    /// Logins that are being refused just now are given a moment to go.
     pub async fn nobody_is_in(&self, until: Deadline) -> Result<bool, PlaneError> {
         let cluster = self.cluster_name(until).await?;
         let (agent, sender) = (&self.config.user, &self.config.replication_user);
         let is_client = |title: &str| door::is_client(title, &cluster, agent, sender);
-        let (postmaster, now) = (self.running()?, procs::ticks());
-        let (first, in_first) = door::look(postmaster, now, is_client);
-        let (second, in_second) = door::look(postmaster, now, is_client);
-        Ok(first == second && in_first.is_empty() && in_second.is_empty())
+        let postmaster = self.running()?;
+        let shut_since = match self.shut_since.load(Ordering::Relaxed) {
+            0 => procs::ticks(),
+            since => since,
+        };
+        let soon = Deadline(until.0.min(Deadline::within(LEAVING).0));
+        let quiet = wait_until(soon, STOP_EVERY, "no client is in", || async {
+            let (first, in_first) = door::look(postmaster, shut_since, is_client);
+            let (second, in_second) = door::look(postmaster, shut_since, is_client);
+            Ok((first == second && in_first.is_empty() && in_second.is_empty()).then_some(()))
+        });
+        Ok(quiet.await.is_ok())
     }
 
     /// Whether the server has loaded the block that is written.

@@ -29,11 +29,11 @@ impl Local {
         if !ours || self.door_is_shut()? != Some(true) || self.postmaster().is_none() {
             return Ok(Progress::NotYet);
         }
-        let knocked = self.knock_all(until).await?;
-        if knocked.by_rule != knocked.asked || !self.block_is_loaded(until).await? {
+        if !self.block_is_loaded(until).await? || !self.nobody_is_in(until).await? {
             return Ok(Progress::NotYet);
         }
-        if !self.nobody_is_in(until).await? {
+        let knocked = self.knock_all(until).await?;
+        if knocked.by_rule != knocked.asked {
             return Ok(Progress::NotYet);
         }
         Ok(Progress::Done(Evidence::already(format!("{knocked}; 0 client processes"))))
