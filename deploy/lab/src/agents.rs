@@ -189,12 +189,19 @@ pub async fn switchover(world: &World, to: Site) -> Result<Moved> {
         _ => "needs_human",
     };
     let told = body["result"].as_str().unwrap_or(result);
-    Ok(Moved {
-        run: body["run"].as_str().unwrap_or_default().to_string(),
-        result: told.to_string(),
-        code,
-        said: format!("{said}{text}"),
-    })
+    let findings = body["findings"].as_array().map_or(&[][..], Vec::as_slice);
+    let mut why: Vec<String> =
+        findings.iter().filter(|f| f["blocking"] == true).map(Value::to_string).collect();
+    why.extend(
+        ["trouble", "attention", "aborting"].iter().filter_map(|k| body[*k].as_str()).map(String::from),
+    );
+    let troubles = body["steps"].as_array().into_iter().flatten().filter(|s| !s["trouble"].is_null());
+    why.extend(troubles.map(|s| format!("{}.{} at {}: {}", s["plane"], s["act"], s["site"], s["trouble"])));
+    if why.is_empty() {
+        why.push(process::last_lines(&said, 6));
+    }
+    let run = body["run"].as_str().unwrap_or_default().to_string();
+    Ok(Moved { run, result: told.to_string(), code, said: why.join("; ") })
 }
 
 /// A run as the product tells it.

@@ -96,6 +96,9 @@ impl Judge {
         if let (Some(last), Some(first)) = writes::edges(&fixed, w) {
             row.outage_fixed_ms.insert("kafka", ms_between(last, first));
         }
+        if !w.moved {
+            return Ok(reasons); // groups stayed where they were
+        }
         let at_source = records(&shared.world, w.source).await?;
         let positions =
             shared.groups.positions(w.asked, (w.source, &at_source), (w.target, &at_target), &target);

@@ -51,6 +51,8 @@ enum Cmd {
     Selftest(Selftest),
     /// Run every sabotage and its control: each must fail by the check it names
     SabotageSuite(Suite),
+    /// Print the folder of a lab
+    Where(Named),
     /// Hold the lab's number and its links (started by the lab itself)
     #[command(hide = true)]
     Keeper {
@@ -152,6 +154,10 @@ async fn main() -> ExitCode {
         Cmd::Parts(Parts::Down(down)) | Cmd::Down(down) => take_down(&down).await.map(|()| Verdict::Pass),
         Cmd::Selftest(test) => selftest(&test).await,
         Cmd::SabotageSuite(suite) => sabotage::run(&suite.name, &suite.agent, &suite.only).await,
+        Cmd::Where(named) => World::load(&named.name).map(|world| {
+            println!("{}", world.root.display());
+            Verdict::Pass
+        }),
         Cmd::Keeper { root } => keep(&root).await.map(|()| Verdict::Pass),
     };
     match done {

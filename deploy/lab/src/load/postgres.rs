@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::{Client, NoTls, Statement};
 
 use crate::history::{History, Id, Outcome, now_ns};
 use crate::load::{RECENT, Shared};
@@ -128,21 +128,24 @@ pub async fn sample(shared: Arc<Shared>, history: Arc<History>, source: Site) {
     let newest =
         "select w, coalesce((select max(seq) from lab_load where writer = w), 0) from unnest($1::int[]) w";
     let writers: Vec<i32> = (1..=CLIENTS).map(|n| i32::from(u16::from(source.index) * 100 + n)).collect();
-    let mut session: Option<Client> = None;
+    let mut session: Option<(Client, Statement)> = None;
     while !shared.over() {
-        if session.is_none() {
-            session = connect(&shared.world, source.other(), "dclab").await.ok();
+        if session.is_none()
+            && let Ok(client) = connect(&shared.world, source.other(), "dclab").await
+            && let Ok(statement) = client.prepare(newest).await
+        {
+            session = Some((client, statement));
         }
-        let at = now_ns();
+        let at = now_ns(); // just before the one round trip: what was acknowledged by now may be missing there
         let mut pause = Duration::from_millis(500); // a site that closes is left alone
-        if let Some(client) = session.take()
-            && let Ok(Ok(rows)) = timeout(ANSWER, client.query(newest, &[&writers])).await
+        if let Some((client, statement)) = session.take()
+            && let Ok(Ok(rows)) = timeout(ANSWER, client.query(&statement, &[&writers])).await
         {
             let there: HashMap<u16, u64> = rows.iter().map(|r| id(r.get(0), r.get(1))).collect();
             let acked = history.acked_ids(source, at.saturating_sub(RECENT), at);
             let waiting = acked.iter().filter(|(w, s)| there.get(w).is_none_or(|max| s > max)).count();
             shared.backlog.note(Plane::Postgres, source, at, waiting);
-            session = Some(client);
+            session = Some((client, statement));
             pause = Duration::from_millis(50);
         }
         shared.sleep(pause).await;

@@ -29,8 +29,8 @@ const WRITERS: u16 = 4;
 const OFTEN: Duration = Duration::from_millis(100);
 /// How far back a sample of the backlog looks, in nanoseconds.
 const YOUNG: u64 = 3_000_000_000;
-/// Pause of a writer between two objects: four make about 30 a second.
-const BETWEEN: Duration = Duration::from_millis(130);
+/// Pause of a writer between two objects: four make about 16 a second.
+const BETWEEN: Duration = Duration::from_millis(250);
 
 /// A client of one site: `app` is fenced by moves, `root` reads for the oracle. It never tries twice by itself.
 pub fn client(world: &World, site: Site, user: &str) -> Result<Client> {

@@ -86,7 +86,7 @@ mod tests {
     use crate::oracle::Verdict;
     use crate::world::{FRA, ROME};
 
-    const W: Window = Window { number: 1, from: 0, asked: 1, to: 2, source: ROME, target: FRA };
+    const W: Window = Window { number: 1, from: 0, asked: 1, to: 2, source: ROME, target: FRA, moved: true };
     const RECORDS: [Id; 5] = [(1, 1), (1, 2), (1, 3), (1, 4), (1, 5)];
 
     fn run(

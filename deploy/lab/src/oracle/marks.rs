@@ -146,6 +146,9 @@ pub fn judge(marks: &[Mark], w: &Window, facts: &Facts, least: Least) -> (Seen, 
     found.fail_if(first_new.is_none(), "not_open", || {
         format!("no task started at {} after the move", w.target)
     });
+    if !w.moved {
+        return (seen, found.reasons);
+    }
     found.invalid_if(seen.ended.0 < least.runs, "thin_before", || {
         format!("{} task runs at {}, {} needed", seen.ended.0, w.source, least.runs)
     });
@@ -246,7 +249,8 @@ mod tests {
     use crate::oracle::Verdict;
     use crate::world::{FRA, ROME};
 
-    const W: Window = Window { number: 1, from: 0, asked: 300, to: 10_000, source: ROME, target: FRA };
+    const W: Window =
+        Window { number: 1, from: 0, asked: 300, to: 10_000, source: ROME, target: FRA, moved: true };
     const LEAST: Least = Least { runs: 2, backlog: 1 };
 
     fn mark(at: u64, site: Site, run: &str, phase: Phase) -> Mark {

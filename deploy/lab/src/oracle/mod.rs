@@ -25,10 +25,12 @@ pub struct Window {
     pub asked: u64,
     /// Where it ends: nothing acknowledged later is judged yet.
     pub to: u64,
-    /// The site that was left.
+    /// The site that was left, or that was not moved to.
     pub source: Site,
     /// The site that serves after it, as the operator was told.
     pub target: Site,
+    /// The operator was told that it moved. If not, what only a move can show is not asked for.
+    pub moved: bool,
 }
 
 /// What a finding of the oracle does to the verdict.

@@ -102,7 +102,9 @@ pub fn judge(
     found.fail_if(seen.acked.1 == 0, "not_open", || {
         format!("{} acknowledged nothing after the move", w.target)
     });
-    thin(&seen, backlog, least, w, &mut found);
+    if w.moved {
+        thin(&seen, backlog, least, w, &mut found);
+    }
     (seen, found.reasons)
 }
 
@@ -235,7 +237,8 @@ mod tests {
     use crate::oracle::Verdict;
     use crate::world::{FRA, ROME};
 
-    const W: Window = Window { number: 1, from: 0, asked: 300, to: 1_000_000_000, source: ROME, target: FRA };
+    const W: Window =
+        Window { number: 1, from: 0, asked: 300, to: 1_000_000_000, source: ROME, target: FRA, moved: true };
     const LEAST: Least = Least { before: 3, refused: 2, after: 3, backlog: 1 };
 
     fn event(site: Site, writer: u16, seq: u64, done: u64, outcome: Outcome) -> Event {
@@ -363,6 +366,18 @@ mod tests {
     fn is_invalid_without_a_backlog_at_the_fence() {
         assert_eq!(checks(&clean(), &ALL, &ALL, Some(0)).1, [("no_backlog", Verdict::Invalid)]);
         assert_eq!(checks(&clean(), &ALL, &ALL, None).1, [("no_backlog", Verdict::Invalid)]);
+    }
+
+    #[test]
+    fn asks_no_evidence_of_a_move_that_was_not_made_but_judges_all_else() {
+        let stays = Window { source: FRA, target: ROME, moved: false, ..W };
+        let events: Vec<Event> = clean().into_iter().filter(|e| e.site == ROME).collect();
+        let (whole, less) = (content(&ALL[..3]), content(&ALL[..2]));
+        let judged = |target: &Content| {
+            judge(Plane::S3, &events, &stays, (target, &whole), None, LEAST, &mut Known::default()).1
+        };
+        assert_eq!(judged(&whole), []);
+        assert_eq!(judged(&less).into_iter().map(|r| r.check).collect::<Vec<_>>(), ["lost"]);
     }
 
     #[test]
