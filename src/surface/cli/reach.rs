@@ -28,6 +28,8 @@ use super::out::Out;
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// How long an agent may take to say how things are.
 const STATUS_LIMIT: Duration = Duration::from_secs(4);
+/// How often an agent may hang up before that is its answer: what it does to strangers.
+const HANG_UPS_MAX: u32 = 4;
 /// How often a hint to another agent is followed.
 const HINTS_MAX: usize = 2;
 
@@ -158,12 +160,28 @@ impl Reach {
 }
 
 async fn ask(agent: Agent) -> Result<Home, (SiteId, Status)> {
+    let mut tries = 1;
+    loop {
+        match ask_once(&agent).await {
+            Ok(view) => return Ok(Home { site: agent.site, view, client: agent.client }),
+            // whether the alert is seen before the end of the connection is a matter of luck
+            Err(status) if hung_up(&status) && tries < HANG_UPS_MAX => tries += 1,
+            Err(status) => return Err((agent.site, status)),
+        }
+    }
+}
+
+async fn ask_once(agent: &Agent) -> Result<StatusView, Status> {
     let mut client = agent.client.clone();
     let asked = timeout(STATUS_LIMIT, client.status(pb::StatusRequest::default())).await;
-    let failed = |status| (agent.site.clone(), status);
-    let reply = asked.map_err(|_| failed(Status::deadline_exceeded("no answer")))?.map_err(failed)?;
-    let view = from_json("status", &reply.into_inner().body_json).map_err(|e| failed(e.into()))?;
-    Ok(Home { site: agent.site.clone(), view, client: agent.client })
+    let reply = asked.map_err(|_| Status::deadline_exceeded("no answer"))??;
+    Ok(from_json("status", &reply.into_inner().body_json)?)
+}
+
+/// Accepted the connection and closed it without a word.
+fn hung_up(status: &Status) -> bool {
+    let why = words(status);
+    why.contains("connection closed") && !about_certificates(&why)
 }
 
 /// Reads a report.
@@ -210,12 +228,15 @@ fn not_known(what: String, why: String) -> Fail {
 
 fn no_answer(silent: &[(SiteId, Status)]) -> Fail {
     if let [(site, first), rest @ ..] = silent {
-        let known = |s: &Status| {
-            matches!(s.code(), Code::PermissionDenied | Code::Unauthenticated)
-                || about_certificates(&words(s))
+        let stranger = |s: &Status| {
+            let refused = matches!(s.code(), Code::PermissionDenied | Code::Unauthenticated);
+            refused || about_certificates(&words(s)) || hung_up(s)
         };
-        if known(first) && rest.iter().all(|(_, s)| known(s)) {
-            return plainly(site, "status", first);
+        if stranger(first) && rest.iter().all(|(_, s)| stranger(s)) {
+            return match silent.iter().find(|(_, s)| !hung_up(s)) {
+                Some((site, status)) => plainly(site, "status", status),
+                None => not_known(format!("{site} hung up without a word"), words(first)),
+            };
         }
     }
     let each: Vec<_> = silent.iter().map(|(site, status)| format!("{site}: {}", words(status))).collect();

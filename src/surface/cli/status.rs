@@ -79,10 +79,17 @@ fn sites(view: &StatusView, out: &Out) {
     let answering =
         if quorum.answering { out.green("+ quorum answers") } else { out.red("x no quorum answers") };
     out.print(&format!("  {answering}, {} voters, leader {leader}, term {}", quorum.voters, quorum.term));
-    let mut rows = vec![table::row(&["SITE", "AGENT", "LEASE", "VERSION"])];
+    let mut rows = vec![table::row(&["SITE", "KIND", "AGENT", "LEASE", "VERSION"])];
     for site in &view.sites {
         let version = site.version.as_deref().map_or_else(|| "?".to_owned(), clean);
-        rows.push(vec![site.site.to_string(), agent(view, site, out), lease(view, site), version]);
+        let kind = if site.witness { "witness" } else { "data" };
+        rows.push(vec![
+            site.site.to_string(),
+            kind.into(),
+            agent(view, site, out),
+            lease(view, site),
+            version,
+        ]);
     }
     out.table("  ", &rows);
 }
