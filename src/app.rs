@@ -169,18 +169,19 @@ impl Drivers for SiteDrivers {
             .filter(|kind| planes.iter().all(|p| p.kind() != *kind))
             .map(|k| format!("[{k}]"))
             .collect();
-        if lacking.is_empty() {
-            Ok(planes)
-        } else {
-            Err(format!("the config of {site} has no {}", lacking.join(", ")))
+        if !lacking.is_empty() {
+            return Err(format!("the config of {site} has no {}", lacking.join(", ")));
         }
+        #[cfg(feature = "sabotage")]
+        crate::sabotage::wrap(&mut planes, config)?;
+        Ok(planes)
     }
 
     fn releases(&self, spec: &GroupSpec) -> Result<Option<Arc<dyn Releases>>, String> {
         match (&self.0.s3, &spec.s3) {
-            (Some(mine), Some(_)) => {
-                dc_plane_s3::publisher(mine.clone(), spec, self.0.site.clone()).map(Some).map_err(|e| e.to_string())
-            }
+            (Some(mine), Some(_)) => dc_plane_s3::publisher(mine.clone(), spec, self.0.site.clone())
+                .map(Some)
+                .map_err(|e| e.to_string()),
             _ => Ok(None),
         }
     }

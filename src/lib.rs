@@ -4,3 +4,5 @@
 
 pub mod app;
 pub mod config;
+#[cfg(feature = "sabotage")]
+pub mod sabotage;

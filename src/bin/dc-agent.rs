@@ -17,7 +17,8 @@ struct Args {
     json: bool,
 }
 
-fn main() -> ExitCode {
+/// Runs the agent until it is told to stop.
+pub fn main() -> ExitCode {
     let args = Args::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,openraft=warn"));
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
