@@ -3,6 +3,7 @@
 //! the product's binaries, as an operator would.
 
 mod agents;
+mod crashes;
 mod history;
 mod judge;
 mod keeper;
@@ -53,6 +54,8 @@ enum Cmd {
     SabotageSuite(Suite),
     /// Print the folder of a lab
     Where(Named),
+    /// Move back and forth while agents and parts die in every stage
+    Crashes(Crashes),
     /// Hold the lab's number and its links (started by the lab itself)
     #[command(hide = true)]
     Keeper {
@@ -117,6 +120,30 @@ struct Suite {
 }
 
 #[derive(Debug, Args)]
+struct Crashes {
+    #[command(flatten)]
+    named: Named,
+    /// Planes that take part
+    #[arg(long, value_delimiter = ',', default_values_t = [Plane::Postgres, Plane::Kafka, Plane::S3])]
+    planes: Vec<Plane>,
+    /// Delay of replication between the sites, each way, in milliseconds
+    #[arg(long, default_value_t = 20, value_name = "MS")]
+    delay: u64,
+    /// What the rounds follow from; printed, and another each time if not given
+    #[arg(long)]
+    seed: Option<u64>,
+    /// How many agents are killed; nine hold every stage once and every victim three times
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+    /// Only rounds whose name contains this
+    #[arg(long, default_value = "", value_name = "WORD")]
+    only: String,
+    /// Leave everything running at the end
+    #[arg(long)]
+    keep: bool,
+}
+
+#[derive(Debug, Args)]
 struct Selftest {
     #[command(flatten)]
     named: Named,
@@ -158,6 +185,7 @@ async fn main() -> ExitCode {
             println!("{}", world.root.display());
             Verdict::Pass
         }),
+        Cmd::Crashes(crashes) => crashes::play(&game(&crashes)).await,
         Cmd::Keeper { root } => keep(&root).await.map(|()| Verdict::Pass),
     };
     match done {
@@ -183,6 +211,22 @@ fn order(run: &Run) -> Order {
         agent: run.agent.clone(),
         build_s: run.build_s,
     }
+}
+
+fn game(asked: &Crashes) -> crashes::Game {
+    let order = Order {
+        name: asked.named.name.clone(),
+        planes: asked.planes.iter().copied().collect(),
+        moves: 0,
+        delay: Duration::from_millis(asked.delay),
+        report: None,
+        keep: asked.keep,
+        sabotage: None,
+        agent: None,
+        build_s: None,
+    };
+    let seed = asked.seed.unwrap_or_else(crashes::any_seed);
+    crashes::Game { order, seed, rounds: asked.rounds, only: asked.only.clone() }
 }
 
 async fn selftest(test: &Selftest) -> Result<Verdict> {

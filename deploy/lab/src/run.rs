@@ -71,7 +71,7 @@ pub async fn perform(order: &Order) -> Result<Report> {
 }
 
 /// Returns when a person or a supervisor wants the lab to end.
-async fn interrupted() {
+pub async fn interrupted() {
     let term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
     let told = async {
         match term {
@@ -86,7 +86,7 @@ async fn interrupted() {
 }
 
 /// An empty lab of that name. One that is running is not touched.
-async fn fresh(order: &Order) -> Result<World> {
+pub async fn fresh(order: &Order) -> Result<World> {
     if let Ok(old) = World::load(&order.name) {
         if old.alive("keeper") {
             bail!(
@@ -312,7 +312,7 @@ pub async fn still(world: &World, seconds: u64) -> Result<Verdict> {
     let mut row = Move { from: "-".into(), to: ROME.to_string(), result: "still".into(), ..Move::default() };
     let reasons = Judge::default().judge(&load.shared, &window, &mut row).await;
     for plane in &world.planes {
-        let waiting = load.shared.backlog.before(*plane, ROME, window.to);
+        let waiting = load.shared.backlog.before(*plane, ROME, from, window.to);
         row.backlog_at_fence.extend(waiting.map(|n| (plane.name(), n)));
     }
     load.stop().await;
@@ -365,7 +365,7 @@ pub async fn end(world: &World, purge: bool) -> Result<()> {
 }
 
 /// On failure: where the logs are, and the last lines of those that matter most.
-fn tell_logs(world: &World) {
+pub fn tell_logs(world: &World) {
     let Ok(dir) = std::fs::read_dir(world.root.join("log")) else { return };
     let mut logs: Vec<PathBuf> = dir.filter_map(|e| Some(e.ok()?.path())).collect();
     logs.sort();
@@ -385,7 +385,7 @@ fn tell_logs(world: &World) {
     }
 }
 
-fn tell_kept(world: &World) {
+pub fn tell_kept(world: &World) {
     println!(
         "the lab is still running; try\n  {}\nand end it with\n  {} down --name {} --purge",
         agents::example(world),

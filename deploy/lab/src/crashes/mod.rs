@@ -1,0 +1,157 @@
+//! Crashes on real parts: one world, moved back and forth, in which a process dies in every stage of a move.
+//!
+//! An agent is killed as the run enters a stage, by event and not by time, and started again, soon or only when the
+//! run needs it. Whatever dies, the run must end legally and the oracle must find nothing lost, nothing twice and
+//! nothing at two sites. The rounds follow from a seed, which is printed first.
+
+mod bench;
+mod follow;
+mod plan;
+mod rounds;
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::load::Load;
+use crate::oracle::Verdict;
+use crate::releases::Releases;
+use crate::run::{self, Order};
+use crate::world::{Plane, ROME, World};
+use crate::{agents, parts, prereq};
+use bench::{Bench, Row};
+use plan::Round;
+
+/// What to play.
+#[derive(Debug, Clone)]
+pub struct Game {
+    /// Name, planes, delay, and whether to leave it running.
+    pub order: Order,
+    /// What the rounds follow from.
+    pub seed: u64,
+    /// How many agents are killed; nine hold every stage once and every victim three times.
+    pub rounds: usize,
+    /// Only rounds whose name contains this.
+    pub only: String,
+}
+
+/// One thing that is broken.
+#[derive(Debug)]
+enum Break {
+    Agent(Round),
+    Part(Plane),
+    Abort,
+    Return,
+}
+
+impl Break {
+    fn name(&self) -> String {
+        match self {
+            Break::Agent(round) => round.to_string(),
+            Break::Part(plane) => format!("drain/{plane}-dies"),
+            Break::Abort => "fence/abort".to_owned(),
+            Break::Return => "takeover/return".to_owned(),
+        }
+    }
+}
+
+/// Plays the rounds in a world of its own, prints the table and the verdict, and ends everything.
+///
+/// Errors: the world cannot be built or taken down. What goes wrong in a round is in the table.
+pub async fn play(game: &Game) -> Result<Verdict> {
+    prereq::check(false)?;
+    println!("seed {}", game.seed);
+    let world = run::fresh(&game.order).await?;
+    let played = tokio::select! {
+        played = Box::pin(drive(&world, game)) => played,
+        () = run::interrupted() => Err(anyhow::anyhow!("interrupted")),
+    };
+    let passed = matches!(&played, Ok(Verdict::Pass));
+    if !passed {
+        run::tell_logs(&world);
+    }
+    if game.order.keep {
+        run::tell_kept(&world);
+        return played;
+    }
+    let ended = run::end(&world, passed).await;
+    let verdict = played?;
+    ended?;
+    Ok(verdict)
+}
+
+async fn drive(world: &World, game: &Game) -> Result<Verdict> {
+    parts::install(world).await?;
+    parts::start(world).await?;
+    agents::prepare(world).await?;
+    agents::start(world, None, None).await?;
+    agents::apply(world).await?;
+    let load = Load::start(world, ROME).await?;
+    if world.planes.contains(&Plane::S3) {
+        Releases::default().publish(world).await.context("publish the first DAG release")?;
+    }
+    let mut bench = Bench::new(&load.shared, ROME);
+    let mut rows = Vec::new();
+    for breaks in chosen(game) {
+        let mut row = Row { name: breaks.name(), ..Row::default() };
+        let done = match &breaks {
+            Break::Agent(round) => rounds::crash(&mut bench, round, &mut row).await,
+            Break::Part(plane) => rounds::part(&mut bench, *plane, &mut row).await,
+            Break::Abort => rounds::abort(&mut bench, &mut row).await,
+            Break::Return => rounds::turn(&mut bench, &mut row).await,
+        };
+        let stuck = done.is_err();
+        if let Err(e) = done {
+            row.wrong.push(format!("{e:#}"));
+        }
+        eprintln!("  {:>2} {}", rows.len() + 1, line(&row));
+        rows.push(row);
+        if stuck {
+            break; // what the next round would meet is for a human to see
+        }
+    }
+    load.stop().await;
+    Ok(tell(game, &rows))
+}
+
+/// The rounds of the seed, then what an operator or a part may do.
+fn chosen(game: &Game) -> Vec<Break> {
+    let has = |plane: &Plane| game.order.planes.contains(plane);
+    let mut all: Vec<Break> = plan::rounds(game.seed, game.rounds).into_iter().map(Break::Agent).collect();
+    all.extend([Plane::Postgres, Plane::Kafka].into_iter().filter(has).map(Break::Part));
+    all.extend([Break::Abort, Break::Return]);
+    all.retain(|b| b.name().contains(&game.only));
+    all
+}
+
+fn line(row: &Row) -> String {
+    let met = if row.met.is_empty() { "-".to_owned() } else { row.met.join(" ") };
+    let mut said: Vec<String> = row.wrong.iter().map(|w| format!("WRONG {w}")).collect();
+    said.extend(row.notes.iter().map(|n| n.chars().take(160).collect()));
+    let said = if said.is_empty() { "-".to_owned() } else { said.join("; ") };
+    format!("{:<26} {:<14} {:<24} {:>6.1}  {met}  | {said}", row.name, row.victim, row.outcome, row.seconds)
+}
+
+fn tell(game: &Game, rows: &[Row]) -> Verdict {
+    println!("\n   {:<26} {:<14} {:<24} {:>6}  met  | findings", "round", "victim", "outcome", "s");
+    for (k, row) in rows.iter().enumerate() {
+        println!("{:>2} {}", k + 1, line(row));
+    }
+    let wrong = rows.iter().filter(|r| !r.wrong.is_empty()).count();
+    let whole = rows.len() == chosen(game).len();
+    let verdict = if wrong == 0 && whole { Verdict::Pass } else { Verdict::Fail };
+    let part = if game.only.is_empty() { "" } else { " (partial: not all rounds)" };
+    println!(
+        "verdict: {}{part}: {} of {} rounds went wrong, seed {}",
+        verdict.name(),
+        wrong,
+        rows.len(),
+        game.seed
+    );
+    verdict
+}
+
+/// A seed that nobody chose.
+pub fn any_seed() -> u64 {
+    crate::history::wall_ns() / Duration::from_millis(1).as_nanos() as u64 % 100_000
+}
