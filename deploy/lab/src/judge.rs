@@ -60,8 +60,8 @@ impl Judge {
         row: &mut Move,
     ) -> Result<Vec<Reason>> {
         let events = shared.history(plane)?.events();
-        let backlog =
-            writes::fence_seen(&events, w).and_then(|fence| shared.backlog.before(plane, w.source, fence));
+        let backlog = writes::fence_seen(&events, w)
+            .and_then(|fence| shared.backlog.before(plane, w.source, w.asked, fence));
         let known = self.known.entry(plane).or_default();
         let (seen, reasons) =
             writes::judge(plane, &events, w, contents, backlog, least(shared.world.delay), known);

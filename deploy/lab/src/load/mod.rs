@@ -9,6 +9,8 @@ pub mod postgres;
 pub mod s3;
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -72,28 +74,45 @@ impl Shared {
     }
 }
 
-/// Samples of what a source acknowledged and its target could not read yet.
-#[derive(Debug, Default)]
-pub struct Backlog(Mutex<BTreeMap<(Plane, Site), Samples>>);
+/// Samples of what a source acknowledged and its target could not read yet; a copy goes to `root/history`.
+#[derive(Debug)]
+pub struct Backlog {
+    samples: Mutex<BTreeMap<(Plane, Site), Samples>>,
+    file: Option<Mutex<File>>,
+}
 
 /// When, and how many waited.
 type Samples = Vec<(u64, usize)>;
 
+/// Samples that say how a fence was met.
+const LAST: usize = 20;
+
 impl Backlog {
+    fn open(world: &World) -> Result<Backlog> {
+        let path = world.root.join("history/backlog.tsv");
+        let file = File::create(&path).with_context(|| format!("write {}", path.display()))?;
+        Ok(Backlog { samples: Mutex::default(), file: Some(Mutex::new(file)) })
+    }
+
     /// Adds a sample taken at `at`.
     pub fn note(&self, plane: Plane, source: Site, at: u64, waiting: usize) {
-        if let Ok(mut samples) = self.0.lock() {
+        if let Some(Ok(mut file)) = self.file.as_ref().map(Mutex::lock) {
+            let _ = writeln!(file, "{at}\t{plane}\t{source}\t{waiting}"); // a copy; the oracle reads the memory
+        }
+        if let Ok(mut samples) = self.samples.lock() {
             samples.entry((plane, source)).or_default().push((at, waiting));
         }
     }
 
-    /// The backlog with which a fence met the plane: the highest sample of the five seconds before it.
+    /// The backlog with which a fence met the plane: the highest of the last twenty samples before it, none of them
+    /// older than the order to move.
     ///
     /// Not the very last one, because a target may be closed to readers, or waited for on purpose, just before.
-    pub fn before(&self, plane: Plane, source: Site, fence: u64) -> Option<usize> {
-        let samples = self.0.lock().ok()?;
-        let near = |(at, _): &&(u64, usize)| *at <= fence && *at + 5_000_000_000 >= fence;
-        samples.get(&(plane, source))?.iter().filter(near).map(|(_, n)| *n).max()
+    pub fn before(&self, plane: Plane, source: Site, asked: u64, fence: u64) -> Option<usize> {
+        let samples = self.samples.lock().ok()?;
+        let since =
+            samples.get(&(plane, source))?.iter().rev().filter(|(at, _)| *at >= asked && *at <= fence);
+        since.take(LAST).map(|(_, n)| *n).max()
     }
 }
 
@@ -114,7 +133,7 @@ impl Load {
             world: world.clone(),
             histories,
             groups: groups::Log::default(),
-            backlog: Backlog::default(),
+            backlog: Backlog::open(world)?,
             moving: AtomicBool::new(false),
             generation: AtomicU64::new(0),
             base: wall_ns() / 1_000_000_000 * 1_000_000,
@@ -153,12 +172,13 @@ mod tests {
     use crate::world::ROME;
 
     #[test]
-    fn takes_the_highest_backlog_of_the_seconds_before_the_fence() {
-        let backlog = Backlog::default();
-        for (at, n) in [(1_000_000_000, 9), (6_500_000_000, 4), (6_900_000_000, 0), (7_100_000_000, 8)] {
-            backlog.note(Plane::Kafka, ROME, at, n);
-        }
-        assert_eq!(backlog.before(Plane::Kafka, ROME, 7_000_000_000), Some(4));
-        assert_eq!(backlog.before(Plane::Kafka, ROME, 13_000_000_000), None);
+    fn takes_the_highest_of_the_last_samples_before_the_fence_since_the_order() {
+        let backlog = Backlog { samples: Mutex::default(), file: None };
+        let note = |at, n| backlog.note(Plane::Kafka, ROME, at, n);
+        note(10, 99); // before the order
+        (0..30).for_each(|k| note(100 + k, if k == 5 { 50 } else { 4 })); // the fifth is too old
+        note(200, 7); // after the fence
+        assert_eq!(backlog.before(Plane::Kafka, ROME, 20, 150), Some(4));
+        assert_eq!(backlog.before(Plane::Kafka, ROME, 20, 90), None);
     }
 }
