@@ -226,6 +226,13 @@ async fn prove_gone(site: &Site, until: Deadline) -> Result<Evidence, PlaneError
 
 async fn upload_task_logs(site: &Site, until: Deadline) -> Result<Evidence, PlaneError> {
     const NONE: &str = "no finished attempt's log is on disk only";
+    let working = |pids: usize| pids > 1; // the warm interpreter alone runs no task
+    if site.units.kept(Unit::Writers, until).await?.is_some_and(|kept| working(kept.pids.len())) {
+        return Err(PlaneError::refused(
+            "DC-0622",
+            "writers live here: the log of a running task would be cut",
+        ));
+    }
     if site.units.logs_waiting(until).await? == Some(0) {
         return Ok(Evidence::already(NONE));
     }

@@ -303,6 +303,12 @@ impl World {
         self.rest(site, reqwest::Method::PATCH, &path, Some(json!({"is_paused": false}))).await.map(|_| ())
     }
 
+    /// A person decides about a held task.
+    pub async fn give_up(&self, site: &SiteId, dag: &str, run: &str) -> Result<()> {
+        let path = format!("/api/v2/dags/{dag}/dagRuns/{run}");
+        self.rest(site, reqwest::Method::PATCH, &path, Some(json!({"state": "failed"}))).await.map(|_| ())
+    }
+
     /// Marks of runs whose name begins so: DAG, run, phase, site.
     pub fn marks(&self, prefix: &str) -> Vec<(String, String, String, String)> {
         let text = std::fs::read_to_string(self.root.join("marks/marks.tsv")).unwrap_or_default();
