@@ -2,7 +2,7 @@
 //! arrive twice, late, or without an answer.
 
 use dc_core::ids::{SiteId, Token};
-use dc_core::registry::{Command, Registry};
+use dc_core::registry::{Command, Entry, Registry};
 
 use crate::dice::Dice;
 use crate::sin::{self, Sin};
@@ -24,6 +24,8 @@ pub struct Log {
     pub vacant_until: u64,
     /// One proposal in so many arrives twice, up to two minutes apart.
     pub twice_in: u64,
+    /// What was committed and what went wrong, in words.
+    pub story: Vec<String>,
     sin: Option<Sin>,
     flights: Vec<Flight>,
 }
@@ -37,6 +39,7 @@ impl Log {
             leader: None,
             vacant_until: 0,
             twice_in: 30,
+            story: Vec::new(),
             sin,
             flights: Vec::new(),
         }
@@ -74,7 +77,12 @@ impl Log {
         self.entries.push((now, command));
         let at = self.entries.len();
         if let Some((_, command)) = self.entries.last() {
-            sin::apply(&mut self.truth, Token(at as u64), command, self.sin);
+            let answer = sin::apply(&mut self.truth, Token(at as u64), command, self.sin);
+            if !matches!(command.entry, Entry::Renew { .. }) {
+                let mut said = format!("{:?} -> {answer:?}", command.entry);
+                said.truncate(said.floor_char_boundary(260));
+                self.story.push(format!("tick {now}: [{at}] {} {said}", command.by));
+            }
         }
     }
 

@@ -42,8 +42,8 @@ pub struct Report {
     pub struck: bool,
     /// Ticks that it took.
     pub ticks: u64,
-    /// Entries of the log.
-    pub entries: usize,
+    /// The last things that happened, for who has to find out why.
+    pub story: Vec<String>,
 }
 
 /// A world in a box.
@@ -65,6 +65,7 @@ pub struct World {
     chance: bool,
     unlinked: BTreeMap<PlaneKind, u64>,
     breaks_until: u64,
+    /// Since when each site's agent runs and knows the group.
     runs_since: BTreeMap<SiteId, u64>,
     sin: Option<Sin>,
     marks: Marks,
@@ -183,7 +184,7 @@ impl World {
             violations: self.violations,
             struck: self.struck,
             ticks: self.tick,
-            entries: self.log.entries.len(),
+            story: self.log.story.split_off(self.log.story.len().saturating_sub(60)),
         }
     }
 
@@ -273,6 +274,7 @@ impl World {
 
     fn inflict(&mut self, fault: Fault) {
         let now = self.tick;
+        self.log.story.push(format!("tick {now}: {fault:?}"));
         match fault {
             Fault::Vacancy(span) => {
                 self.log.leader = None;
@@ -326,7 +328,12 @@ impl World {
         let agent = host
             .agent
             .get_or_insert_with(|| Agent::start(site.clone(), self.group.clone(), self.profile, &mut lent));
-        agent.tick(&mut lent, leads)
+        let performed = agent.tick(&mut lent, leads);
+        // Until it has caught up it may not even know that it holds the group.
+        if !(agent.caught_up && agent.registry.groups.contains_key(&self.group)) {
+            self.runs_since.insert(site.clone(), self.tick);
+        }
+        performed
     }
 
     /// Whether the planned death is due because of what the log says of its step.
@@ -377,14 +384,14 @@ impl World {
                 continue;
             }
             for plane in &self.planes {
-                if (self.tick + place as u64).is_multiple_of(10) {
+                if (self.tick + place as u64).is_multiple_of(12) {
                     group.write(&host.site, *plane);
                 }
             }
         }
         for plane in &self.planes {
-            if self.tick.is_multiple_of(3) {
-                group.replicate(*plane, 4);
+            if self.dice.once_in(12) {
+                group.replicate(*plane, 3);
             }
         }
     }
@@ -394,8 +401,7 @@ impl World {
     fn lapsed(&self, site: &SiteId) -> bool {
         let Some(host) = self.hosts.get(site) else { return false };
         let since = self.runs_since.get(site).copied().unwrap_or(0);
-        let knows = host.agent.as_ref().is_some_and(|a| a.registry.groups.contains_key(&self.group));
-        if !knows || host.frozen_until > self.tick || since + REACTS > self.tick {
+        if host.agent.is_none() || host.frozen_until > self.tick || since + REACTS > self.tick {
             return false;
         }
         let newest = self.log.truth.sites.get(site).copied();

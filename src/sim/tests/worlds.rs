@@ -19,7 +19,8 @@ fn results(report: &Report) -> Vec<RunResult> {
 }
 
 fn legal(report: &Report, what: &str) {
-    assert!(report.violations.is_empty(), "seed {}, {what}: {:#?}", report.seed, report.violations);
+    let (seed, story) = (report.seed, &report.story);
+    assert!(report.violations.is_empty(), "seed {seed}, {what}: {:#?}\n{story:#?}", report.violations);
 }
 
 #[test]
@@ -102,7 +103,7 @@ fn random_worlds_end_legally() {
             *ends.entry(result.word()).or_insert(0) += 1;
         }
         if !report.violations.is_empty() {
-            println!("seed {seed}: {:#?}", report.violations);
+            println!("seed {seed}: {:#?}\n{:#?}", report.story, report.violations);
             bad.push(seed);
         }
     }
@@ -117,8 +118,8 @@ fn random_worlds_end_legally() {
 fn first_violation(sin: Sin, worlds: impl Iterator<Item = World>) -> String {
     for world in worlds {
         let report = world.sinning(sin).run();
-        if let Some(first) = report.violations.into_iter().next() {
-            return first;
+        if let Some(first) = report.violations.first() {
+            return format!("{first} in seed {}\n{:#?}", report.seed, report.story);
         }
     }
     panic!("{sin:?} was never noticed")
@@ -181,7 +182,7 @@ fn notices_a_lease_that_outlives_its_process() {
             .unwrap()
             .orders(Vec::new())
             .at(400, Fault::Reboot(site("rome"), 20))
-            .at(415, Fault::Cut(site("rome"), 900))
+            .at(470, Fault::Cut(site("rome"), 900))
     });
     let seen = first_violation(Sin::RestartKeepsLease, worlds);
     assert!(seen.contains("lease_covers_writers"), "{seen}");
