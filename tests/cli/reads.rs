@@ -17,7 +17,7 @@ async fn status_shows_lag_with_unit_and_age_for_each_plane() {
     let said = switch(&context, &[]).await.ended(0);
     let said =
         said.has(&["LAB one", "ACTIVE at rome", "+ writable", "+ following", "1.2 kB", "1,204 records"]);
-    let said = said.has(&["0.7 s", "0.4 s ago", "Next: dc-switch plan switchover orders --to fra"]);
+    let said = said.has(&["700 ms", "400 ms ago", "Next: dc-switch plan switchover orders --to fra"]);
     assert!(said.err.contains("asking fra 127.0.0.1:"), "{}", said.err);
     assert!(!said.out.contains('\u{1b}'), "colours without a terminal");
     let body = switch(&context, &["status", "orders", "--output", "json"]).await.ended(0).json();

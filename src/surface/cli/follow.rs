@@ -86,6 +86,7 @@ pub(crate) async fn follow(
             _ => {}
         }
     };
+    progress.finish();
     Ok(tell(out, run, latest.as_ref(), last, goal))
 }
 

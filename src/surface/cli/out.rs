@@ -151,7 +151,8 @@ pub(crate) fn envelope(mut body: Value) -> Value {
 /// A span of milliseconds, short.
 pub(crate) fn span(ms: u64) -> String {
     match ms {
-        0..60_000 => format!("{}.{} s", ms / 1000, ms % 1000 / 100),
+        0..1_000 => format!("{ms} ms"),
+        1_000..60_000 => format!("{}.{} s", ms / 1000, ms % 1000 / 100),
         60_000..3_600_000 => format!("{}m{:02}s", ms / 60_000, ms / 1000 % 60),
         _ => format!("{}h{:02}m", ms / 3_600_000, ms / 60_000 % 60),
     }
@@ -193,7 +194,7 @@ mod tests {
     fn figures_carry_their_unit() {
         assert_eq!(
             (span(940), span(71_500), span(7_380_000)),
-            ("0.9 s".into(), "1m11s".into(), "2h03m".into())
+            ("940 ms".into(), "1m11s".into(), "2h03m".into())
         );
         assert_eq!(
             (count(1_204), count(999), count(1_000_000)),

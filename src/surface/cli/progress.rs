@@ -43,9 +43,21 @@ impl<'a> Progress<'a> {
 
     /// Time went on.
     pub(crate) fn tick(&mut self) {
+        self.draw(true);
+    }
+
+    /// Nothing follows: the last drawing stays and offers nothing more.
+    pub(crate) fn finish(&mut self) {
+        self.draw(false);
+    }
+
+    fn draw(&mut self, going: bool) {
         let Some((view, at)) = self.latest.as_ref().filter(|_| self.out.live()) else { return };
         let now = WallTime(view.wall.0.saturating_add(millis(at.elapsed())));
-        let lines = screen(&view.run, now, &self.out.for_talk());
+        let mut lines = screen(&view.run, now, &self.out.for_talk());
+        if going {
+            lines.push(format!("Ctrl-C detaches, the run goes on.   {}", way_out(&view.run)));
+        }
         let term = Term::stderr();
         let _ = term.clear_last_lines(self.drawn);
         for line in &lines {
@@ -157,6 +169,7 @@ pub(crate) fn stage_times(run: &Run) -> Vec<(Stage, usize, u64)> {
 }
 
 fn screen(run: &Run, now: WallTime, out: &Out) -> Vec<String> {
+    let now = run.ended.as_ref().map_or(now, |ended| ended.at);
     let elapsed = span(now.0.saturating_sub(run.started.0));
     let title = format!("Run {}  {} {} -> {}", run.id, run.group, run.source, run.target);
     let mut lines = vec![format!("{}   elapsed {elapsed}", out.bold(&title))];
@@ -179,7 +192,6 @@ fn screen(run: &Run, now: WallTime, out: &Out) -> Vec<String> {
         }
         lines.extend(table::lines("          ", &rows));
     }
-    lines.push(format!("Ctrl-C detaches, the run goes on.   {}", way_out(run)));
     lines
 }
 

@@ -181,7 +181,8 @@ async fn ask_once(agent: &Agent) -> Result<StatusView, Status> {
 /// Accepted the connection and closed it without a word.
 fn hung_up(status: &Status) -> bool {
     let why = words(status);
-    why.contains("connection closed") && !about_certificates(&why)
+    let ended = ["connection closed", "broken pipe", "reset by peer"].iter().any(|word| why.contains(word));
+    ended && !about_certificates(&why)
 }
 
 /// Reads a report.

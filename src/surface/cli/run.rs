@@ -71,28 +71,28 @@ impl Run {
             Self::Show { run } => show(reach, &home, &run, out).await,
             Self::Attach { run, wait } => {
                 let run = find(reach, &home, &run).await?.run.id;
-                wait.follow(reach, &home, &run, out, Goal::Moved).await
+                wait.follow(reach, &home, &run, out, (Goal::Moved, false)).await
             }
             Self::Abort { run, reason, wait } => {
                 home.quorum()?;
                 let order = pb::RunOrder { run, reason };
                 let asked = async |mut client: super::reach::Client| client.run_abort(order.clone()).await;
                 let view: RunView = reach.call(&home, "run", ORDER_LIMIT, asked).await?;
-                wait.follow(reach, &home, &view.run.id, out, Goal::RolledBack).await
+                wait.follow(reach, &home, &view.run.id, out, (Goal::RolledBack, true)).await
             }
             Self::Retry(Order { run, wait }) => {
                 home.quorum()?;
                 let order = pb::RunOrder { run, reason: String::new() };
                 let asked = async |mut client: super::reach::Client| client.run_retry(order.clone()).await;
                 let view: RunView = reach.call(&home, "run", ORDER_LIMIT, asked).await?;
-                wait.follow(reach, &home, &view.run.id, out, Goal::Moved).await
+                wait.follow(reach, &home, &view.run.id, out, (Goal::Moved, true)).await
             }
             Self::Return(Order { run, wait }) => {
                 home.quorum()?;
                 let order = pb::RunOrder { run, reason: String::new() };
                 let asked = async |mut client: super::reach::Client| client.run_return(order.clone()).await;
                 let view: RunView = reach.call(&home, "run", ORDER_LIMIT, asked).await?;
-                wait.follow(reach, &home, &view.run.id, out, Goal::Returned).await
+                wait.follow(reach, &home, &view.run.id, out, (Goal::Returned, true)).await
             }
         }
     }

@@ -63,7 +63,7 @@ impl Switchover {
             home.view.groups.iter().find(|g| g.name == group).ok_or_else(|| unknown_group(&group, &known))?;
         if let Some(run) = open_to(reach, &home, held, &to).await? {
             out.say(&format!("run {run} already goes there; following it"));
-            return self.wait.follow(reach, &home, &run, out, Goal::Moved).await;
+            return self.wait.follow(reach, &home, &run, out, (Goal::Moved, false)).await;
         }
         let plan = self.show(reach, &home, held, &to, out).await?;
         let command = format!("dc-switch switchover {group} --to {to} --confirm {to}");
@@ -79,7 +79,7 @@ impl Switchover {
             .call(&home, "run", ORDER_LIMIT, async |mut client| client.switchover(order.clone()).await)
             .await?;
         out.say(&format!("run {run} begins"));
-        self.wait.follow(reach, &home, &run, out, Goal::Moved).await
+        self.wait.follow(reach, &home, &run, out, (Goal::Moved, false)).await
     }
 
     /// Before a person is asked: what would happen. A script has seen it, or does not want to.
@@ -103,7 +103,7 @@ impl Switchover {
         if blocked(&plan) {
             let what = format!("switchover of {} to {to} refused", held.name);
             let blocking = plan.findings.iter().filter(|f| f.blocking).count();
-            return Err(Fail::refused(Code::PREFLIGHT, what, format!("{blocking} findings block it"))
+            return Err(Fail::refused(Code::PREFLIGHT, what, format!("findings that block it: {blocking}"))
                 .next(format!("dc-switch plan switchover {} --to {to}", held.name)));
         }
         let outage = match plan.outage_ms {
@@ -119,7 +119,7 @@ impl Switchover {
             held.holder,
         ));
         out.say(&format!(
-            "Writers are shut out {outage}.  Nothing is lost: it succeeds, or {} serves again.",
+            "Writers are shut out {outage}.  No data is lost: until the takeover a failure brings {} back.",
             held.holder
         ));
         Ok(self.plan.clone().or(Some(plan.id)))
@@ -127,17 +127,17 @@ impl Switchover {
 }
 
 impl Wait {
-    /// Stays with a run as long as was asked.
+    /// Stays with a run as long as was asked. `ordered`: an order to an old run was just given.
     pub(crate) async fn follow(
         self,
         reach: &Reach,
         home: &Home,
         run: &RunId,
         out: &Out,
-        goal: Goal,
+        (goal, ordered): (Goal, bool),
     ) -> Result<Exit, Fail> {
         if !self.no_wait {
-            return follow(reach, home, run, out, (goal, self.timeout, true)).await;
+            return follow(reach, home, run, out, (goal, self.timeout, ordered)).await;
         }
         if out.human() {
             out.print(&run.to_string());
