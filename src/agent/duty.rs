@@ -81,7 +81,8 @@ pub enum Upkeep {
 
 /// What upkeep a plane of a group needs at this site.
 ///
-/// `lease` is what is left; `closing` whether the lead before its end is reached.
+/// `lease` is what is left to this process; `closing` whether the site has to close: the lead before the lease's end
+/// is reached, also of one that the process before this one had.
 pub fn upkeep(
     registry: &Registry,
     name: &GroupName,
@@ -97,8 +98,12 @@ pub fn upkeep(
         let going = run.is_none_or(|run| run.taken.is_none() && run.aborting.is_none());
         return if going && untouched(registry, group, plane, me) { Upkeep::Stand } else { Upkeep::Leave };
     }
-    if closing || lease.is_none() {
+    if closing {
         return if fenced(registry, group, plane, me) { Upkeep::Leave } else { Upkeep::Close };
+    }
+    if lease.is_none() {
+        // The lease of the process before this one still runs: nothing has to close, nothing may be opened.
+        return Upkeep::Leave;
     }
     match registry.may_serve(name, me, plane) {
         Ok(epoch) if group.run.as_ref().is_none_or(|_| untouched(registry, group, plane, me)) => {

@@ -93,9 +93,15 @@ impl Plane for Postgres {
         in_time(act, until)?;
         let local = &self.0;
         match ours(act)? {
-            PostgresAct::Checkpoint => local.undo_checkpoint(act, until).await,
+            PostgresAct::Checkpoint => {
+                local.revive(act, until).await?;
+                local.undo_checkpoint(act, until).await
+            }
             PostgresAct::PreSync => local.undo_pre_sync(by, until).await,
-            PostgresAct::FenceClients => local.undo_fence(by, until).await,
+            PostgresAct::FenceClients => {
+                local.revive(act, until).await?;
+                local.undo_fence(by, until).await
+            }
             PostgresAct::Stop => local.undo_stop(by, until).await,
             PostgresAct::SelfClose => upkeep_reopen(local, act, by, until).await,
             PostgresAct::Preflight

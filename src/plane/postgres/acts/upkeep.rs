@@ -101,10 +101,11 @@ impl Local {
             let why = format!("{} holds the group and its instance is in recovery", self.site);
             return Err(PlaneError::refused("DC-0303", why));
         }
-        if db::get::<&str>(&row, "names")?.contains(&Self::name_of(&self.peer))
-            && self.clear_names(until).await?
-        {
-            changed.push("synchronous names of an ended run cleared".to_owned());
+        // what an open run set is the run's to take back
+        let names: &str = db::get(&row, "names")?;
+        let left = marks.pre_sync.is_none() && names.contains(&Self::name_of(&self.peer));
+        if left && self.clear_names(until).await? {
+            changed.push("synchronous names that no run set cleared".to_owned());
         }
         if marks.delays.is_some() && self.restore_delays(until).await? {
             changed.push("replay delays given back".to_owned());
@@ -142,6 +143,20 @@ impl Local {
             "the database carries epoch {incarnation}.{counter} of {site}, this site was told {epoch}"
         );
         Err(PlaneError::refused("DC-0330", why))
+    }
+
+    /// Starts a standby that died during a run, so that taking the run back waits for nobody.
+    ///
+    /// Does nothing at the source, whose instance is started by the undo of its stop. Repeat: safe.
+    pub(crate) async fn revive(&self, act: &Act, until: Deadline) -> Result<(), PlaneError> {
+        if self.site != act.target || self.postmaster().is_some() {
+            return Ok(());
+        }
+        let _one = self.role_lock(until).await?;
+        if self.postmaster().is_none() {
+            self.start(Part::Standby(&act.source), until).await?;
+        }
+        Ok(())
     }
 
     /// Upkeep of a standby: runs and follows the holder. Cheap when all is well.
