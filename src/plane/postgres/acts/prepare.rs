@@ -192,21 +192,16 @@ impl Local {
     ) -> Result<Evidence, PlaneError> {
         let name = Self::name_of(&act.target);
         let begun = tokio::time::Instant::now();
+        if let Progress::Done(evidence) = self.probe_pre_sync(act, until).await? {
+            self.watch_sync(name);
+            return Ok(evidence);
+        }
         let before = self.sync_state(&name, until).await?;
-        if before.as_ref().is_none_or(|(state, _, _)| state != "streaming") {
+        if before.is_none_or(|(state, _, _)| state != "streaming") {
             return Err(PlaneError::refused("DC-0305", format!("{} does not stream as {name}", act.target)));
         }
-        let names: String = {
-            let row = self.own.one(
-                until,
-                "read names",
-                "select current_setting('synchronous_standby_names') as n",
-                &[],
-            );
-            db::get(&row.await?, "n")?
-        };
+        let names = self.names(until).await?;
         let ours = format!("FIRST 1 ({name})");
-        let already = names == ours && before.is_some_and(|(_, sync, _)| sync == "sync");
         if !names.is_empty() && names != ours {
             return Err(PlaneError::refused("DC-0317", format!("synchronous_standby_names is {names:?}")));
         }

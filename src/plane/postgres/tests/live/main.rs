@@ -337,6 +337,11 @@ fn upkeep_reopens_what_the_lease_closed_and_never_what_a_run_closed() -> Result<
         );
         wait_stream(&run.pair, &source).await?;
 
+        run.perform(P::PreSync, &source).await?;
+        let left = holder.perform(&serve, &reopen, limit()).await?;
+        let admin = run.pair.superuser(&source).await?;
+        let names: String = admin.query_one("show synchronous_standby_names", &[]).await?.get(0);
+        ensure!(!names.is_empty(), "serve took back what a run set: {}", left.seen);
         run.perform(P::FenceClients, &source).await?;
         let left = holder.perform(&serve, &reopen, limit()).await?;
         println!("  {}", left.seen);
@@ -351,6 +356,7 @@ fn upkeep_reopens_what_the_lease_closed_and_never_what_a_run_closed() -> Result<
             "a fresh driver opened it"
         );
         run.undo(P::FenceClients, &source).await?;
+        run.undo(P::PreSync, &source).await?;
         load.more_acks(&source, 20).await?;
         load.end(&source).await?;
         Ok(())
