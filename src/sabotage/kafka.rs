@@ -9,8 +9,8 @@ use dc_plane::{Deadline, PlaneError};
 
 use super::{Saboteur, UNSEEN, given, named};
 
-/// How long the driver may look at the source's ends once it has taken the mirror's WRITE.
-const TAKEN: Duration = Duration::from_secs(2);
+/// How long the driver may look at the ends of a source that is written to.
+const MOVING: Duration = Duration::from_secs(1);
 
 impl Saboteur {
     /// The mirror loses its WRITE before applications lose theirs, and nobody waits for what it did not carry.
@@ -25,7 +25,7 @@ impl Saboteur {
     ) -> Result<Evidence, PlaneError> {
         match name {
             KafkaAct::FenceApps => {
-                let soon = Deadline(until.0.min(Deadline::within(TAKEN).0));
+                let soon = Deadline(until.0.min(Deadline::within(MOVING).0));
                 if let Ok(ends) = self.mirror_cut_off(act, by, soon).await {
                     tracing::warn!(?ends, "the mirror has lost its WRITE");
                 }

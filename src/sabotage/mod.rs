@@ -27,8 +27,8 @@ use crate::config::Config;
 
 /// Names what is to be done wrong, as in `kafka:skip-drain`.
 const VARIABLE: &str = "DC_SABOTAGE";
-/// How long writers of the old site get, of which the lab must see something.
-const A_WHILE: Duration = Duration::from_secs(3);
+/// How long the old site takes writes again: enough for clients that try it all the time, on a slow machine too.
+const A_WHILE: Duration = Duration::from_secs(4);
 /// How long writers go on once the target has stopped to follow.
 const UNSEEN: Duration = Duration::from_secs(1);
 

@@ -92,7 +92,7 @@ struct Run {
     /// Leave everything running at the end
     #[arg(long)]
     keep: bool,
-    /// Tell the agents to do this wrong; needs agents built for it
+    /// Tell agents that are built for it to do this wrong
     #[arg(long, value_name = "WHAT")]
     sabotage: Option<String>,
     /// Binary of the agents, if it is not the one beside this program
@@ -111,9 +111,9 @@ struct Suite {
     /// Name of the labs, one after another
     #[arg(long, default_value = "sabotage")]
     name: String,
-    /// Binary of agents that can be told to do wrong
+    /// Binary of agents that can be told to do wrong, if it is not the one beside this program
     #[arg(long, value_name = "FILE")]
-    agent: PathBuf,
+    agent: Option<PathBuf>,
     /// Only sabotages whose name contains this
     #[arg(long, default_value = "", value_name = "WORD")]
     only: String,
@@ -180,7 +180,7 @@ async fn main() -> ExitCode {
         Cmd::Parts(Parts::Up(up)) => parts_up(&up).await.map(|()| Verdict::Pass),
         Cmd::Parts(Parts::Down(down)) | Cmd::Down(down) => take_down(&down).await.map(|()| Verdict::Pass),
         Cmd::Selftest(test) => selftest(&test).await,
-        Cmd::SabotageSuite(suite) => sabotage::run(&suite.name, &suite.agent, &suite.only).await,
+        Cmd::SabotageSuite(suite) => sabotage::run(&suite.name, suite.agent, &suite.only).await,
         Cmd::Where(named) => World::load(&named.name).map(|world| {
             println!("{}", world.root.display());
             Verdict::Pass
@@ -208,7 +208,7 @@ fn order(run: &Run) -> Order {
         report: run.report.clone(),
         keep: run.keep,
         sabotage: run.sabotage.clone(),
-        agent: run.agent.clone(),
+        agent: run.agent.clone().or_else(|| run.sabotage.as_ref().map(|_| sabotage::agent())),
         build_s: run.build_s,
     }
 }

@@ -264,20 +264,32 @@ fn airflow_drain_ms(steps: &[serde_json::Value]) -> Option<f64> {
     steps.iter().filter(drains).filter_map(|s| s["ms"].as_f64()).reduce(|a, b| a + b)
 }
 
-/// Waits until every plane has been written enough at the active site, or a minute is over: then the oracle says so.
+/// Waits until every plane has been written enough at the active site, or two minutes are over: then the oracle says so.
 async fn warm(shared: &Shared, active: Site, from: u64) {
-    let limit = Instant::now() + Duration::from_mins(1);
+    let limit = Instant::now() + Duration::from_mins(2);
     while Instant::now() < limit && !enough(shared, active, from, now_ns()) {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
-/// Waits until every plane has been written enough at the new site, or a minute is over.
+/// Waits until every plane has been written enough at the new site, or two minutes are over: less when nobody at all
+/// is let in, which the oracle then says.
 async fn settle(shared: &Shared, target: Site, asked: u64) {
-    let limit = Instant::now() + Duration::from_mins(1);
-    while Instant::now() < limit && !enough(shared, target, asked, now_ns()) {
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_mins(2) && !enough(shared, target, asked, now_ns()) {
+        if begun.elapsed() > SHUT && shut(shared, target, asked) {
+            return;
+        }
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+}
+
+/// How long after a move a plane may let nobody in before it is not waited for.
+const SHUT: Duration = Duration::from_secs(20);
+
+fn shut(shared: &Shared, site: Site, from: u64) -> bool {
+    let written = shared.histories.iter().filter(|(plane, _)| **plane != Plane::Airflow);
+    written.into_iter().any(|(_, history)| history.acked(site, from) == 0)
 }
 
 fn enough(shared: &Shared, site: Site, from: u64, to: u64) -> bool {

@@ -2,14 +2,15 @@
 //! and the same lab without it must pass.
 
 use std::collections::BTreeSet;
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
 use crate::oracle::Verdict;
+use crate::report::Report;
 use crate::run::{self, Order};
-use crate::world::Plane;
+use crate::world::{Plane, World};
 
 /// One sabotage, the planes it needs, and the checks of which one must fail on the plane it attacks.
 struct Case {
@@ -49,59 +50,80 @@ const CASES: [Case; 9] = [
     },
 ];
 
-/// Runs every case whose name contains `only`, and the control of each set of planes first.
+/// The agents' binary that can be told to do wrong, where builds put it.
+pub fn agent() -> PathBuf {
+    const NAME: &str = "dc-agent-sabotage";
+    match (std::env::var_os("DC_LAB_BIN"), std::env::current_exe()) {
+        (Some(dir), _) => PathBuf::from(dir).join(NAME),
+        (None, Ok(lab)) => lab.with_file_name(NAME),
+        (None, Err(_)) => PathBuf::from(NAME),
+    }
+}
+
+/// Runs every case whose name contains `only`, and before them one control: the same agents told nothing, over all
+/// planes that the cases need.
 ///
 /// Errors: a lab could not be carried out.
-pub async fn run(name: &str, agent: &Path, only: &str) -> Result<Verdict> {
+pub async fn run(name: &str, agent: Option<PathBuf>, only: &str) -> Result<Verdict> {
+    let agent = agent.unwrap_or_else(self::agent);
+    let begun = Instant::now();
     let cases: Vec<&Case> = CASES.iter().filter(|c| c.name.contains(only)).collect();
-    let controls: BTreeSet<&[Plane]> = cases.iter().map(|c| c.needs).collect();
-    let mut wrong = Vec::new();
-    let mut told = Vec::new();
-    for planes in controls {
-        let names: Vec<&str> = planes.iter().map(|p| p.name()).collect();
-        let label = format!("control {}", names.join(","));
-        let report = run::perform(&order(name, agent, planes, None)).await?;
-        told.push(format!("{label}: {}", report.verdict.name()));
-        if report.verdict != Verdict::Pass {
-            wrong.push(format!("{label} came out {}", report.verdict.name()));
-        }
-    }
-    for case in cases {
-        let report = run::perform(&order(name, agent, case.needs, Some(case.name))).await?;
-        let by: BTreeSet<&str> = report
-            .reasons
-            .iter()
-            .filter(|r| r.verdict == Verdict::Fail && r.plane == Some(case.attacks))
-            .map(|r| r.check)
-            .collect();
-        told.push(format!("{}: {} by {by:?}", case.name, report.verdict.name()));
-        if report.verdict != Verdict::Fail || !case.checks.iter().any(|c| by.contains(c)) {
-            wrong.push(format!(
-                "{} came out {} by {by:?}, not by one of {:?}",
-                case.name,
-                report.verdict.name(),
-                case.checks
-            ));
+    let all: BTreeSet<Plane> = cases.iter().flat_map(|c| c.needs).copied().collect();
+    let (mut wrong, mut told) = (0, Vec::new());
+    for (n, case) in std::iter::once(None).chain(cases.into_iter().map(Some)).enumerate() {
+        let planes = case.map_or_else(|| all.clone(), |c| c.needs.iter().copied().collect());
+        let order = order(&format!("{name}-{n}"), &agent, planes, case);
+        let label = case.map_or("control", |c| c.name);
+        eprintln!("== {label}");
+        let began = Instant::now();
+        let report = run::perform(&order).await?;
+        let right = as_wanted(case, &report);
+        wrong += usize::from(!right);
+        let line = line(label, case, &report, began.elapsed());
+        if right {
+            World::load(&order.name).map(|world| std::fs::remove_dir_all(world.root)).ok();
+            told.push(line);
+        } else {
+            told.push(format!("WRONG: {line}; its files are those of lab {}", order.name));
         }
     }
     for line in &told {
         println!("{line}");
     }
-    for line in &wrong {
-        println!("WRONG: {line}");
-    }
-    Ok(if wrong.is_empty() { Verdict::Pass } else { Verdict::Fail })
+    println!("{} labs, {wrong} not as wanted, {:.0} s", told.len(), begun.elapsed().as_secs_f64());
+    Ok(if wrong == 0 { Verdict::Pass } else { Verdict::Fail })
 }
 
-fn order(name: &str, agent: &Path, planes: &[Plane], sabotage: Option<&str>) -> Order {
+/// A control passes; a case fails on the plane that it attacks, by a check that it is about.
+fn as_wanted(case: Option<&Case>, report: &Report) -> bool {
+    let Some(case) = case else { return report.verdict == Verdict::Pass };
+    report.verdict == Verdict::Fail && failed(case, report).iter().any(|check| case.checks.contains(check))
+}
+
+/// The checks that failed on the plane that a case attacks.
+fn failed(case: &Case, report: &Report) -> BTreeSet<&'static str> {
+    let here = report.reasons.iter().filter(|r| r.plane == Some(case.attacks));
+    here.filter(|r| r.verdict == Verdict::Fail).map(|r| r.check).collect()
+}
+
+fn line(label: &str, case: Option<&Case>, report: &Report, took: Duration) -> String {
+    let words = |checks: &mut dyn Iterator<Item = &'static str>| checks.collect::<Vec<_>>().join(" ");
+    let by = case.map_or_else(String::new, |c| {
+        let (found, wanted) = (failed(c, report), c.checks.iter().copied());
+        format!(" by {} (wanted: {})", words(&mut found.into_iter()), words(&mut wanted.into_iter()))
+    });
+    format!("{label}: {}{by}, {:.0} s", report.verdict.name(), took.as_secs_f64())
+}
+
+fn order(name: &str, agent: &Path, planes: BTreeSet<Plane>, case: Option<&Case>) -> Order {
     Order {
         name: name.to_string(),
-        planes: planes.iter().copied().collect(),
+        planes,
         moves: 1,
         delay: Duration::from_millis(20),
         report: None,
         keep: false,
-        sabotage: sabotage.map(String::from),
+        sabotage: case.map(|c| c.name.to_string()),
         agent: Some(agent.to_path_buf()),
         build_s: None,
     }
