@@ -162,17 +162,17 @@ impl Dice {
     }
 }
 
-/// The steps that were under way at a moment, as `plane.act@site`, from the run's last word.
-pub fn under_way(run: &Value, at_ms: u64) -> Vec<(String, String)> {
+/// The steps that were under way at a moment, as `plane.act@site`, as the run tells them.
+pub fn under_way(run: &Value, at_ms: u64) -> Vec<String> {
     let steps = run["steps"].as_array().map_or(&[][..], Vec::as_slice);
     let there = |s: &&Value| {
         let since = s["since_ms"].as_u64();
         let until = s["at_ms"].as_u64().unwrap_or(u64::MAX);
         since.is_some_and(|since| since <= at_ms) && at_ms <= until
     };
-    let word = |s: &Value, key: &str| s[key].as_str().unwrap_or("?").to_owned();
     let shown = |s: &Value| {
-        (word(s, "stage"), format!("{}.{}@{}", word(s, "plane"), word(s, "act"), word(s, "site")))
+        let word = |key: &str| s[key].as_str().unwrap_or("?").to_owned();
+        format!("{}.{}@{}", word("plane"), word("act"), word("site"))
     };
     steps.iter().filter(there).map(shown).collect()
 }
@@ -223,7 +223,7 @@ mod tests {
             {"stage": "drain", "plane": "kafka", "act": "drain", "site": "fra", "since_ms": 21, "at_ms": 40},
             {"stage": "open", "plane": "kafka", "act": "grant_apps", "site": "fra"},
         ]});
-        assert_eq!(under_way(&run, 30), [("drain".to_owned(), "kafka.drain@fra".to_owned())]);
+        assert_eq!(under_way(&run, 30), ["kafka.drain@fra"]);
         assert!(under_way(&run, 50).is_empty());
     }
 }

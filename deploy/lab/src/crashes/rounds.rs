@@ -8,7 +8,7 @@ use rustix::process::Signal;
 
 use super::bench::{Bench, Going, Row, kill};
 use super::follow::{self, Told};
-use super::plan::{Round, Stage, Victim, under_way};
+use super::plan::{Round, Stage, Victim};
 use crate::parts::{self, GROUP};
 use crate::world::{Plane, Site, World};
 
@@ -29,18 +29,15 @@ pub async fn crash(bench: &mut Bench<'_>, round: &Round, row: &mut Row) -> Resul
     row.victim = victim.to_string();
     let source = going.source;
     let early = bench.until(&mut going, |told| round.stage.entered_by(told, source)).await?;
-    let mut at = 0;
-    match &early {
-        Some(last) => row.wrong.push(format!("left before {}: {last}", round.stage.name())),
-        None => at = bench.kill_agent(victim).await?,
-    }
-    let last = match early {
-        Some(last) => Some(last),
-        None => bench.end(&mut going, (!round.late).then_some(round.pause), row).await?,
+    let last = if let Some(last) = early {
+        row.wrong.push(format!("left before {}: {last}", round.stage.name()));
+        Some(last)
+    } else {
+        let at = bench.kill_agent(victim).await?;
+        let pause = (!round.late).then(|| Instant::now() + round.pause);
+        row.met = bench.met(&going, at).await?;
+        bench.end(&mut going, pause, row).await?
     };
-    if let Some(last) = &last {
-        row.met = under_way(last, at).into_iter().map(|(_, step)| step).collect();
-    }
     let refused = round.stage == Stage::Preflight;
     let legal: Vec<&str> = LEGAL.into_iter().chain(refused.then_some("refused")).collect();
     bench.conclude(&going, last.as_ref(), &legal, row).await
@@ -61,9 +58,9 @@ pub async fn part(bench: &mut Bench<'_>, plane: Plane, row: &mut Row) -> Result<
     }
     kill(pid, Signal::KILL)?;
     let at = crate::history::wall_ns() / 1_000_000;
-    let last = bench.end(&mut going, Some(Duration::from_millis(1)), row).await?;
+    row.met = bench.met(&going, at).await?;
+    let last = bench.end(&mut going, Some(Instant::now()), row).await?;
     if let Some(last) = &last {
-        row.met = under_way(last, at).into_iter().map(|(_, step)| step).collect();
         if last["result"] == "rolled_back" && last["exit"] != 6 {
             row.wrong.push(format!("rolled back with exit {}, not 6", last["exit"]));
         }
@@ -74,7 +71,7 @@ pub async fn part(bench: &mut Bench<'_>, plane: Plane, row: &mut Row) -> Result<
     bench.conclude(&going, last.as_ref(), &["rolled_back"], row).await?;
     ensure!(bench.active == source, "{source} does not serve after the run went back");
     let mut next = bench.begin().await.context("the next move")?;
-    let last = bench.end(&mut next, Some(Duration::ZERO), row).await?;
+    let last = bench.end(&mut next, Some(Instant::now()), row).await?;
     let result = row.outcome.clone();
     bench.conclude(&next, last.as_ref(), &["done"], row).await.context("the next move")?;
     row.outcome = format!("{result}, next {}", row.outcome);
@@ -114,16 +111,14 @@ pub async fn abort(bench: &mut Bench<'_>, row: &mut Row) -> Result<()> {
     row.victim = "-".to_owned();
     second_orders(bench, &going, row).await?;
     let reason = ["run", "abort", &going.run, "--reason", "the lab wants it back", "--no-wait"];
-    let answer = follow::ask(bench.world, &reason).await?;
     let at = crate::history::wall_ns() / 1_000_000;
+    let answer = follow::ask(bench.world, &reason).await?;
     drop(thaw);
+    row.met = bench.met(&going, at).await?;
     if answer.code != 0 {
         row.wrong.push(format!("abort ended with {}: {}", answer.code, answer.said.trim()));
     }
-    let last = bench.end(&mut going, Some(Duration::ZERO), row).await?;
-    if let Some(last) = &last {
-        row.met = under_way(last, at).into_iter().map(|(_, step)| step).collect();
-    }
+    let last = bench.end(&mut going, Some(Instant::now()), row).await?;
     bench.conclude(&going, last.as_ref(), &["rolled_back"], row).await
 }
 
@@ -182,8 +177,9 @@ pub async fn turn(bench: &mut Bench<'_>, row: &mut Row) -> Result<()> {
         let early = bench.until(&mut going, |t| Stage::Takeover.entered_by(t, source)).await?;
         ensure!(early.is_none(), "left before its takeover");
         let at = bench.kill_agent(target).await?;
+        row.met = bench.met(&going, at).await?;
         if !stays_unopened(bench.world, &going.run).await? {
-            let last = bench.end(&mut going, Some(Duration::ZERO), row).await?;
+            let last = bench.end(&mut going, Some(Instant::now()), row).await?;
             bench.conclude(&going, last.as_ref(), &LEGAL, row).await?;
             row.notes.push(format!("try {attempt} came too early or too late: {}", row.outcome));
             continue;
@@ -196,10 +192,7 @@ pub async fn turn(bench: &mut Bench<'_>, row: &mut Row) -> Result<()> {
         if !bench.written(source, returned).await {
             row.wrong.push(format!("{source} does not serve while {target}'s agent is away"));
         }
-        let last = bench.end(&mut going, Some(Duration::ZERO), row).await?;
-        if let Some(last) = &last {
-            row.met = under_way(last, at).into_iter().map(|(_, step)| step).collect();
-        }
+        let last = bench.end(&mut going, Some(Instant::now()), row).await?;
         return bench.conclude(&going, last.as_ref(), &["returned"], row).await;
     }
     bail!("no run could be stopped between its takeover and its opening in {TRIES} tries")
