@@ -123,13 +123,7 @@ impl Judge {
         found.fail_if(!different.is_empty(), "content", || {
             format!("{} objects differ between the sites, such as {:?}", different.len(), different.first())
         });
-        let there = s3::list(&shared.world, w.target, s3::DAGS).await?;
-        let left = s3::list(&shared.world, w.source, s3::DAGS).await?;
-        let held = |(key, object): &(&String, &s3::Object)| {
-            there.get(*key).is_some_and(|o| o == *object || left.get(*key) == Some(o)) // or both went on since
-        };
-        let missing: Vec<&String> =
-            self.dags.iter().filter(|entry| !held(entry)).map(|(key, _)| key).collect();
+        let missing = self.dags_missing(&shared.world, w).await?;
         found.fail_if(!missing.is_empty(), "dags", || {
             format!(
                 "{} objects of DAG releases are missing or different at {}, such as {:?}",
@@ -140,6 +134,25 @@ impl Judge {
         });
         reasons.extend(found.reasons);
         Ok(reasons)
+    }
+
+    /// Keys of DAG releases that the old site's bucket held before the move and the new one does not, for some
+    /// seconds long: releases go on being published, and what points to the newest one changes at one site first.
+    async fn dags_missing(&self, world: &World, w: &Window) -> Result<Vec<String>> {
+        let limit = Instant::now() + CARRY;
+        loop {
+            let there = s3::list(world, w.target, s3::DAGS).await?;
+            let left = s3::list(world, w.source, s3::DAGS).await?;
+            let held = |(key, object): &(&String, &s3::Object)| {
+                there.get(*key).is_some_and(|o| o == *object || left.get(*key) == Some(o))
+            };
+            let missing: Vec<String> =
+                self.dags.iter().filter(|entry| !held(entry)).map(|(key, _)| key.clone()).collect();
+            if missing.is_empty() || Instant::now() >= limit {
+                return Ok(missing);
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
     }
 
     async fn airflow(&mut self, shared: &Shared, w: &Window, row: &mut Move) -> Result<Vec<Reason>> {
