@@ -14,7 +14,7 @@ use dc_plane::{Deadline, Depth, PlaneError, Role};
 use world::{World, blocking, fingerprints, until};
 
 fn soon() -> Deadline {
-    Deadline::within(Duration::from_secs(120))
+    Deadline::within(Duration::from_mins(2))
 }
 
 fn reopen() -> Authority {

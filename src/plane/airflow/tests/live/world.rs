@@ -219,7 +219,7 @@ impl World {
         for time in ["first", "again"] {
             let began = Instant::now();
             let seen = plane
-                .perform(act, &self.step(run), Deadline::within(Duration::from_secs(120)))
+                .perform(act, &self.step(run), Deadline::within(Duration::from_mins(2)))
                 .await
                 .with_context(|| format!("{} at {}, {time}", act.name, act.site))?;
             println!(
@@ -239,7 +239,7 @@ impl World {
         for time in ["first", "again"] {
             let began = Instant::now();
             let seen = plane
-                .undo(act, &self.step("u"), Deadline::within(Duration::from_secs(120)))
+                .undo(act, &self.step("u"), Deadline::within(Duration::from_mins(2)))
                 .await
                 .context("undo")?;
             println!(
