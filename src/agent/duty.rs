@@ -209,3 +209,45 @@ pub fn only_reads(act: ActName) -> bool {
             | ActName::Airflow(AirflowAct::Preflight)
     )
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot go on must say so")]
+
+    use dc_core::ids::Token;
+    use dc_core::registry::{Command, Entry};
+    use dc_core::spec::GroupSpec;
+    use dc_core::time::WallTime;
+
+    use super::*;
+
+    const LEFT: Option<Duration> = Some(Duration::from_secs(8));
+
+    /// What rome, the founding holder, has to do for its database.
+    fn rome(lease: Option<Duration>, closing: bool) -> Upkeep {
+        let spec: GroupSpec = serde_json::from_value(serde_json::json!({
+            "name": "orders", "sites": ["rome", "fra"],
+            "postgres": {"databases": ["app"], "app_roles": ["app"]},
+        }))
+        .unwrap();
+        let name = spec.name.clone();
+        let mut registry = Registry::default();
+        let entry = Entry::ApplyGroup { spec: Box::new(spec), over: 0 };
+        let command = Command { by: "operator/a".into(), wall: WallTime(0), entry };
+        let _ = registry.apply(Token(1), &command);
+        let site = SiteId::new("rome").unwrap();
+        upkeep(&registry, &name, PlaneKind::Postgres, &site, lease, closing)
+    }
+
+    #[test]
+    fn closes_nothing_while_the_lease_of_the_process_before_runs_on() {
+        assert_eq!(rome(None, false), Upkeep::Leave, "it may not open yet, and need not close");
+    }
+
+    #[test]
+    fn serves_with_a_lease_and_closes_before_its_end() {
+        assert!(matches!(rome(LEFT, false), Upkeep::Serve(_)));
+        assert_eq!(rome(LEFT, true), Upkeep::Close);
+        assert_eq!(rome(None, true), Upkeep::Close);
+    }
+}
