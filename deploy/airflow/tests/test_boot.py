@@ -38,7 +38,8 @@ FAKE = """
 class Unit:
     def __init__(self, folder, role):
         self.path = str(folder / "gate")
-        self.process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(FAKE), role, "--socket", self.path])
+        command = [sys.executable, "-c", textwrap.dedent(FAKE), role, "--socket", self.path]
+        self.process = subprocess.Popen(command, start_new_session=True)
         deadline = time.monotonic() + 20
         while not os.path.exists(self.path):
             assert time.monotonic() < deadline, "the gate never answered"
@@ -62,7 +63,10 @@ def start(tmp_path):
 
     yield make
     for unit in units:
-        unit.process.kill()
+        try:
+            os.killpg(unit.process.pid, 9)  # its parts with it
+        except ProcessLookupError:
+            pass
         unit.process.wait()
 
 
