@@ -19,7 +19,6 @@ pub mod plan;
 pub mod position;
 pub mod registry;
 pub mod run;
-#[cfg(any(test, feature = "script"))]
 pub mod script;
 pub mod spec;
 pub mod time;

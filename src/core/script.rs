@@ -1,7 +1,8 @@
 //! A bench for tests: a registry, a log that counts, and hands that answer every intent.
 //!
-//! It proposes what a leader would and performs nothing. Only tests and the simulation
-//! build it (feature `script`).
+//! It proposes what a leader would and performs nothing. Tests, transcripts and the
+//! simulation stand on it; the product never does. No feature hides it, for a feature
+//! would have every room built twice.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;

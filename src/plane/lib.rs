@@ -3,10 +3,8 @@
 //! This room never decides what is done or where; it is told by an act and must hold an
 //! authority to change anything. Every method may be repeated after a crash at any line.
 
-#[cfg(feature = "suite")]
 pub mod fake;
 pub mod releases;
-#[cfg(feature = "suite")]
 pub mod suite;
 
 use std::time::Duration;

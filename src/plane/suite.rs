@@ -114,9 +114,7 @@ pub async fn keeps_its_deadline(plane: &dyn Plane, act: &Act, by: &Authority) ->
         return Err(broken(act, format!("came back {:?} after its deadline", began.elapsed())));
     }
     match result {
-        Ok(evidence) if !stood => {
-            Err(broken(act, format!("was done after its deadline: {}", evidence.seen)))
-        }
+        Ok(evidence) if !stood => Err(broken(act, format!("was done after its deadline: {}", evidence.seen))),
         _ => Ok(()),
     }
 }

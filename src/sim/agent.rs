@@ -150,7 +150,8 @@ impl Agent {
     }
 
     fn propose(&self, lent: &mut Lent<'_>, entry: Entry) {
-        let command = Command { by: format!("agent/{}", self.me), wall: WallTime(lent.tick * TICK_MS), entry };
+        let command =
+            Command { by: format!("agent/{}", self.me), wall: WallTime(lent.tick * TICK_MS), entry };
         if lent.connected {
             lent.log.propose(lent.tick, command, lent.dice);
         }
@@ -247,9 +248,8 @@ impl Agent {
 
     fn work(&mut self, lent: &mut Lent<'_>) -> Vec<Performed> {
         let asked = if self.caught_up { intents(&self.registry, &self.me) } else { Vec::new() };
-        let same = |a: &Intent, b: &Intent| {
-            (&a.run, a.step, a.token, a.undo) == (&b.run, b.step, b.token, b.undo)
-        };
+        let same =
+            |a: &Intent, b: &Intent| (&a.run, a.step, a.token, a.undo) == (&b.run, b.step, b.token, b.undo);
         self.answers.retain(|_, a| asked.iter().any(|i| same(i, &a.intent)));
         self.tasks.retain(|_, t| match &t.work {
             Work::Step(intent) => asked.iter().any(|i| same(i, intent)),
@@ -294,8 +294,8 @@ impl Agent {
             return;
         }
         *due = lent.tick + UPKEEP;
-        let left = self.lease.left(lent.now);
-        let wanted = upkeep(&self.registry, &self.group, plane, &self.me, left, closing);
+        let lease = self.lease.left(lent.now);
+        let wanted = upkeep(&self.registry, &self.group, plane, &self.me, lease, closing);
         if !self.caught_up && wanted != Upkeep::Close {
             return;
         }

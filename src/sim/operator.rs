@@ -107,10 +107,18 @@ impl Operator {
                 if done >= *many && run.aborting.is_none() && run.taken.is_none() { abort() } else { None }
             }
             Order::MoveAndAbortLate => {
-                if run.taken.is_some() && run.aborting.is_none() { abort() } else { None }
+                if run.taken.is_some() && run.aborting.is_none() {
+                    abort()
+                } else {
+                    None
+                }
             }
             Order::MoveAndReturnLate => {
-                if run.taken.is_some() && opened && run.past.is_empty() { back() } else { None }
+                if run.taken.is_some() && opened && run.past.is_empty() {
+                    back()
+                } else {
+                    None
+                }
             }
             Order::MoveAndReturn(times) => {
                 if run.taken.is_none() || opened {

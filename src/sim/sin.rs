@@ -135,4 +135,3 @@ pub fn of_planes(sin: Option<Sin>) -> Vec<dc_plane::fake::Sin> {
         _ => Vec::new(),
     }
 }
-

@@ -93,10 +93,9 @@ impl Task {
         let mut context = Context::from_waker(Waker::noop());
         for _ in 0..breaths {
             if let Poll::Ready(result) = self.doing.as_mut().poll(&mut context) {
-                return Polled::Done(result.map_err(|cause| Trouble {
-                    code: "DC-0222".into(),
-                    text: cause.to_string(),
-                }));
+                return Polled::Done(
+                    result.map_err(|cause| Trouble { code: "DC-0222".into(), text: cause.to_string() }),
+                );
             }
         }
         Polled::Pending

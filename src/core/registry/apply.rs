@@ -233,7 +233,7 @@ impl Registry {
                     .next(format!("dc-switch run show {id}")),
             );
         }
-        self.note(ctx, format!("run {id}: {again} failed steps once more"));
+        self.note(ctx, format!("run {id}: failed steps tried once more: {again}"));
         Answer::Done
     }
 

@@ -63,10 +63,6 @@ impl Group {
         self.here(&act.site, plane)
     }
 
-    fn other<'a>(&self, act: &'a Act) -> &'a SiteId {
-        if act.site == act.source { &act.target } else { &act.source }
-    }
-
     /// What proves that the work of an act stands; none where it has to be done, or only reads.
     pub(super) fn stands(&mut self, act: &Act) -> Option<Evidence> {
         let sinful = self.sins.contains(&Sin::FenceRecordsGrants);
@@ -79,10 +75,9 @@ impl Group {
             ActName::Postgres(PostgresAct::Promote) => here.primary && here.running,
             ActName::Kafka(KafkaAct::PrepareReverse) => here.reverse.is_some(),
             ActName::Kafka(KafkaAct::GrantApps) => here.door && !here.grants.is_empty(),
-            ActName::S3(S3Act::OpenWriters) => here.door,
             ActName::Airflow(AirflowAct::RerunPolicy) => here.policy,
             ActName::Airflow(AirflowAct::StartWriters) => here.running,
-            ActName::Airflow(AirflowAct::OpenApi) => here.door,
+            ActName::S3(S3Act::OpenWriters) | ActName::Airflow(AirflowAct::OpenApi) => here.door,
             _ => false,
         };
         if !stands {
@@ -97,14 +92,14 @@ impl Group {
         match act.name {
             ActName::Postgres(name) => self.postgres(act, name, piece),
             ActName::Kafka(name) => self.kafka(act, name, piece),
-            ActName::S3(name) => self.s3(act, name),
+            ActName::S3(name) => Ok(self.s3(act, name)),
             ActName::Airflow(name) => self.airflow(act, name),
             ActName::Quorum(_) => Err(failed(act, "is an entry of the log")),
         }
     }
 
-    fn done(&mut self, act: &Act) -> Result<Piece, PlaneError> {
-        Ok(Piece::Done(self.brought(act, changed(act))))
+    fn done(&mut self, act: &Act) -> Piece {
+        Piece::Done(self.brought(act, changed(act)))
     }
 
     /// The evidence of an act with what later acts need of it.
@@ -130,7 +125,7 @@ impl Group {
         }
     }
 
-    fn read(&mut self, act: &Act, plane: PlaneKind) -> Result<Piece, PlaneError> {
+    fn read(&mut self, act: &Act, plane: PlaneKind) -> Piece {
         let mut seen = changed(act);
         if plane == PlaneKind::Postgres {
             seen = seen.with(Outcome::Timeline(self.at(act).timeline));
@@ -142,7 +137,7 @@ impl Group {
             let found = Finding { code, plane: Some(plane), site: act.site.clone(), blocking: true, text };
             seen = seen.with(Outcome::Findings(vec![found]));
         }
-        Ok(Piece::Done(seen))
+        Piece::Done(seen)
     }
 
     /// Whether the follower has everything; its own claim is believed only by a sinner.
@@ -160,7 +155,7 @@ impl Group {
         let plane = PlaneKind::Postgres;
         let up = self.links.get(&plane).is_some_and(|l| l.up && l.on);
         match name {
-            PostgresAct::Preflight | PostgresAct::Recheck => return self.read(act, plane),
+            PostgresAct::Preflight | PostgresAct::Recheck => return Ok(self.read(act, plane)),
             PostgresAct::PreSync if !up => return Err(failed(act, "the target does not stream")),
             PostgresAct::PreSync => self.at(act).sync = true,
             PostgresAct::FenceClients if piece == 0 => {
@@ -190,7 +185,7 @@ impl Group {
             PostgresAct::SelfClose => self.at(act).closed = true,
             PostgresAct::Checkpoint | PostgresAct::Verify | PostgresAct::Stand => {}
         }
-        self.done(act)
+        Ok(self.done(act))
     }
 
     fn replayed(&mut self, act: &Act) -> Result<Piece, PlaneError> {
@@ -212,7 +207,7 @@ impl Group {
         if let Some(link) = self.links.get_mut(&PlaneKind::Postgres) {
             link.on = false;
         }
-        self.done(act)
+        Ok(self.done(act))
     }
 
     fn follow(&mut self, act: &Act) {
@@ -228,7 +223,7 @@ impl Group {
     fn kafka(&mut self, act: &Act, name: KafkaAct, piece: u32) -> Result<Piece, PlaneError> {
         let plane = PlaneKind::Kafka;
         match name {
-            KafkaAct::Preflight | KafkaAct::Recheck => return self.read(act, plane),
+            KafkaAct::Preflight | KafkaAct::Recheck => return Ok(self.read(act, plane)),
             KafkaAct::PrepareReverse => {
                 let run = act.run.as_ref().map(ToString::to_string).unwrap_or_default();
                 self.at(act).reverse = Some(format!("{}-{run}", act.group));
@@ -241,7 +236,7 @@ impl Group {
                 self.at(act).door = false;
                 return Ok(Piece::More);
             }
-            KafkaAct::FenceApps => return self.fence_apps(act),
+            KafkaAct::FenceApps => return Ok(self.fence_apps(act)),
             KafkaAct::Drain => {
                 if !self.caught_up(plane) {
                     return Ok(Piece::Again);
@@ -266,47 +261,51 @@ impl Group {
             }
             KafkaAct::GrantApps | KafkaAct::Serve => {
                 let Some(grants) = act.grants().cloned() else {
-                    return if name == KafkaAct::Serve { self.done(act) } else { Err(failed(act, "no grants")) };
+                    return if name == KafkaAct::Serve {
+                        Ok(self.done(act))
+                    } else {
+                        Err(failed(act, "no grants"))
+                    };
                 };
                 let here = self.at(act);
                 here.grants.extend(grants);
                 (here.door, here.fed) = (true, false);
                 here.shut.clear();
             }
-            KafkaAct::StartReverse => return self.start_reverse(act),
+            KafkaAct::StartReverse => return Ok(self.start_reverse(act)),
             KafkaAct::SelfClose => self.at(act).closed = true,
             KafkaAct::StopForward | KafkaAct::Verify | KafkaAct::Stand => {}
         }
-        self.done(act)
+        Ok(self.done(act))
     }
 
-    fn fence_apps(&mut self, act: &Act) -> Result<Piece, PlaneError> {
+    fn fence_apps(&mut self, act: &Act) -> Piece {
         let sinful = self.sins.contains(&Sin::FenceRecordsGrants);
         let here = self.at(act);
         let taken = std::mem::take(&mut here.grants);
         here.shut.insert(act.name);
         if sinful {
             let again = Outcome::Grants(taken.into_iter().collect());
-            return Ok(Piece::Done(changed(act).with(again)));
+            return Piece::Done(changed(act).with(again));
         }
         self.done(act)
     }
 
-    fn start_reverse(&mut self, act: &Act) -> Result<Piece, PlaneError> {
+    fn start_reverse(&mut self, act: &Act) -> Piece {
         let new = act.new_holder().clone();
         let here = self.at(act);
         (here.fed, here.door) = (true, false);
         let own = here.reverse.take();
         self.turn(PlaneKind::Kafka, &new, &act.site);
         let mirror = own.or_else(|| act.mirror().cloned()).unwrap_or_default();
-        Ok(Piece::Done(changed(act).with(Outcome::Mirror(mirror))))
+        Piece::Done(changed(act).with(Outcome::Mirror(mirror)))
     }
 
-    fn s3(&mut self, act: &Act, name: S3Act) -> Result<Piece, PlaneError> {
+    fn s3(&mut self, act: &Act, name: S3Act) -> Piece {
         let plane = PlaneKind::S3;
         match name {
             S3Act::Preflight | S3Act::Recheck => return self.read(act, plane),
-            S3Act::CatchUp if self.lag(plane).is_none_or(|lag| lag > 20) => return Ok(Piece::Again),
+            S3Act::CatchUp if self.lag(plane).is_none_or(|lag| lag > 20) => return Piece::Again,
             S3Act::FenceWriters => {
                 let here = self.at(act);
                 here.door = false;
@@ -314,10 +313,10 @@ impl Group {
             }
             S3Act::LastPass => {
                 if !self.caught_up(plane) {
-                    return Ok(Piece::Again);
+                    return Piece::Again;
                 }
                 let position = Position::S3 { release: act.release().cloned(), logs: 0 };
-                return Ok(Piece::Done(changed(act).with(Outcome::Position(position))));
+                return Piece::Done(changed(act).with(Outcome::Position(position)));
             }
             S3Act::OpenWriters | S3Act::Serve => {
                 let here = self.at(act);
@@ -325,7 +324,7 @@ impl Group {
                 here.shut.clear();
             }
             S3Act::PullReverse => {
-                let new = self.other(act).clone();
+                let new = if act.site == act.source { act.target.clone() } else { act.source.clone() };
                 self.at(act).door = false;
                 self.turn(plane, &new, &act.site);
             }
@@ -338,7 +337,7 @@ impl Group {
     fn airflow(&mut self, act: &Act, name: AirflowAct) -> Result<Piece, PlaneError> {
         let here = self.at(act);
         match name {
-            AirflowAct::Preflight | AirflowAct::Recheck => return self.read(act, PlaneKind::Airflow),
+            AirflowAct::Preflight | AirflowAct::Recheck => return Ok(self.read(act, PlaneKind::Airflow)),
             AirflowAct::Quiesce | AirflowAct::ProveGone => {
                 here.running = false;
                 here.policy = false;
@@ -364,7 +363,7 @@ impl Group {
             | AirflowAct::Verify
             | AirflowAct::Stand => {}
         }
-        self.done(act)
+        Ok(self.done(act))
     }
 
     /// Takes an act back, however far it came.
@@ -374,7 +373,6 @@ impl Group {
         match act.name {
             name if closes(name) => here.closed = false,
             ActName::Postgres(PostgresAct::PreSync) => here.sync = false,
-            ActName::Postgres(PostgresAct::FenceClients) => here.door = source,
             ActName::Postgres(PostgresAct::Stop) => here.running = true,
             ActName::Kafka(KafkaAct::PrepareReverse) => here.reverse = None,
             ActName::Kafka(KafkaAct::FenceApps) => {
@@ -383,7 +381,9 @@ impl Group {
                 here.door = true;
             }
             ActName::Kafka(KafkaAct::FenceMirror) => here.fed = true,
-            ActName::S3(S3Act::FenceWriters) | ActName::Airflow(AirflowAct::CloseApi) => here.door = source,
+            ActName::Postgres(PostgresAct::FenceClients)
+            | ActName::S3(S3Act::FenceWriters)
+            | ActName::Airflow(AirflowAct::CloseApi) => here.door = source,
             ActName::Airflow(AirflowAct::Quiesce | AirflowAct::ProveGone) => here.running = source,
             _ => {}
         }

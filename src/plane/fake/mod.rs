@@ -3,7 +3,7 @@
 //! They keep the contract of [`Plane`] and stop to breathe between any two effects, so that
 //! whoever drives them may let them die there. Upkeep is as dangerous here as a driver may
 //! ever be: `serve` opens whatever it finds shut, so that only the decision not to serve
-//! keeps a fence. Only tests and the simulation build this (feature `suite`).
+//! keeps a fence. Only tests and the simulation use them.
 
 mod acts;
 mod state;

@@ -85,12 +85,7 @@ pub struct Group {
 
 impl Group {
     /// Planes of a group, held by `holder`; nothing is written yet.
-    pub fn founded(
-        planes: &[PlaneKind],
-        holder: &SiteId,
-        standby: &SiteId,
-        grants: BTreeSet<Grant>,
-    ) -> Self {
+    pub fn founded(planes: &[PlaneKind], holder: &SiteId, standby: &SiteId, grants: BTreeSet<Grant>) -> Self {
         let mut all = BTreeMap::new();
         for plane in planes {
             let kafka = *plane == PlaneKind::Kafka;
@@ -184,16 +179,13 @@ impl Group {
     /// The follower of a plane takes up to `many` writes, oldest first.
     pub fn replicate(&mut self, plane: PlaneKind, many: usize) {
         let Some(link) = self.links.get(&plane).filter(|l| l.up && l.on).cloned() else { return };
-        let from = self.here(&link.from, plane);
-        if !from.running {
+        let at = |site: &SiteId| self.planes.get(&(site.clone(), plane));
+        let (Some(from), Some(to)) = (at(&link.from), at(&link.to)) else { return };
+        let refused = plane == PlaneKind::Kafka && !to.fed || plane == PlaneKind::Postgres && to.primary;
+        if !from.running || refused {
             return;
         }
-        let kept = from.kept.clone();
-        let to = self.here(&link.to, plane);
-        if plane == PlaneKind::Kafka && !to.fed || plane == PlaneKind::Postgres && to.primary {
-            return;
-        }
-        let next: Vec<u64> = kept.difference(&to.kept).take(many).copied().collect();
-        to.kept.extend(next);
+        let next: Vec<u64> = from.kept.difference(&to.kept).take(many).copied().collect();
+        self.here(&link.to, plane).kept.extend(next);
     }
 }

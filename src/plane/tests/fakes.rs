@@ -88,9 +88,7 @@ impl Plane for Broken {
                 let far = Deadline::within(LIMIT);
                 self.0.perform(act, by, far).await
             }
-            "hasty" => {
-                self.0.perform(act, &Authority::reopen(dc_core::ids::Epoch::default()), until).await
-            }
+            "hasty" => self.0.perform(act, &Authority::reopen(dc_core::ids::Epoch::default()), until).await,
             "mute" => {
                 let mut seen = self.0.perform(act, by, until).await?;
                 if seen.change == dc_core::act::Change::Already {
