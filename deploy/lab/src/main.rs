@@ -124,7 +124,7 @@ struct Crashes {
     #[command(flatten)]
     named: Named,
     /// Planes that take part
-    #[arg(long, value_delimiter = ',', default_values_t = [Plane::Postgres, Plane::Kafka, Plane::S3])]
+    #[arg(long, value_delimiter = ',', default_values_t = [Plane::Postgres, Plane::Kafka])]
     planes: Vec<Plane>,
     /// Delay of replication between the sites, each way, in milliseconds
     #[arg(long, default_value_t = 20, value_name = "MS")]

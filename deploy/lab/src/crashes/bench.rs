@@ -112,7 +112,11 @@ impl<'a> Bench<'a> {
     }
 
     /// Reads on until a word fits. Returns the last word if the run leaves before.
-    pub async fn until(&self, going: &mut Going, fits: impl Fn(&Told) -> bool) -> Result<Option<Value>> {
+    pub async fn until(
+        &self,
+        going: &mut Going,
+        mut fits: impl FnMut(&Told) -> bool,
+    ) -> Result<Option<Value>> {
         let limit = tokio::time::Instant::now() + END;
         loop {
             let Ok(told) = tokio::time::timeout_at(limit, going.follow.next()).await else {

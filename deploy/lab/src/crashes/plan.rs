@@ -1,12 +1,13 @@
 //! Which process dies in which stage: derived from a seed, so that a round that failed can be played again.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
 use serde_json::Value;
 
 use super::follow::Told;
-use crate::world::Site;
+use crate::world::{Plane, Site};
 
 /// Part of a run in which a process is ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,7 +55,7 @@ impl Stage {
     /// Is this stage under way from that word on? `source` is the site that is left.
     ///
     /// A step that ended is told at once; what waited for nothing else has begun by then.
-    pub fn entered_by(self, told: &Told, source: Site) -> bool {
+    fn entered_by(self, told: &Told, source: Site) -> bool {
         let step = match told {
             Told::Begun(_) => return self == Stage::Preflight,
             Told::Step(step) if step["state"] == "done" && step["past"] == false => step,
@@ -68,12 +69,46 @@ impl Stage {
             Stage::Drain => {
                 is("fence", "fence_apps") || is("fence", "fence_clients") && step["site"] == source.name
             }
-            Stage::Takeover => is("drain", "replayed"),
+            Stage::Takeover => false, // by several words, see `Entry`
             Stage::Promote => is("takeover", "takeover"),
             Stage::Open => is("promote", "opened"),
             Stage::Reverse => is("open", ""),
             Stage::Verify => is("reverse", "follow"),
         }
+    }
+}
+
+/// Waits for a stage to be entered.
+#[derive(Debug)]
+pub struct Entry {
+    stage: Stage,
+    source: Site,
+    /// Last acts of the planes before the takeover, as far as they are not done.
+    due: Vec<&'static str>,
+}
+
+impl Entry {
+    /// Of a run that leaves `source` and moves these planes.
+    pub fn new(stage: Stage, source: Site, planes: &BTreeSet<Plane>) -> Entry {
+        let last = |plane: &Plane| match plane {
+            Plane::Postgres => Some("replayed"),
+            Plane::Kafka => Some("set_offsets"),
+            Plane::S3 => Some("last_pass"),
+            Plane::Airflow => None, // gone before anybody else is fenced
+        };
+        Entry { stage, source, due: planes.iter().filter_map(last).collect() }
+    }
+
+    /// Is the stage under way from that word on?
+    pub fn by(&mut self, told: &Told) -> bool {
+        if self.stage != Stage::Takeover {
+            return self.stage.entered_by(told, self.source);
+        }
+        let Told::Step(step) = told else { return false };
+        if step["state"] == "done" && step["past"] == false {
+            self.due.retain(|act| step["act"] != *act);
+        }
+        self.due.is_empty()
     }
 }
 
@@ -214,6 +249,17 @@ mod tests {
         assert!(Stage::Open.entered_by(&step("promote", "opened", "quorum"), ROME));
         let past = json!({"stage": "promote", "act": "opened", "state": "done", "past": true});
         assert!(!Stage::Open.entered_by(&Told::Step(past), ROME));
+    }
+
+    #[test]
+    fn awaits_the_takeover_until_every_plane_is_drained() {
+        let step = |act: &str| {
+            Told::Step(json!({"stage": "drain", "act": act, "site": "fra", "state": "done", "past": false}))
+        };
+        let mut entry = Entry::new(Stage::Takeover, ROME, &BTreeSet::from([Plane::Postgres, Plane::Kafka]));
+        assert!(!entry.by(&step("replayed")));
+        assert!(!entry.by(&step("fence_mirror")));
+        assert!(entry.by(&step("set_offsets")));
     }
 
     #[test]
