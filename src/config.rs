@@ -101,7 +101,8 @@ impl Config {
         if self.listen.grpc == self.listen.http {
             faults.push(format!("listen: grpc and http are both {}", self.listen.grpc));
         }
-        let planes = self.postgres.is_some() || self.kafka.is_some() || self.s3.is_some() || self.airflow.is_some();
+        let planes =
+            self.postgres.is_some() || self.kafka.is_some() || self.s3.is_some() || self.airflow.is_some();
         if self.witness && planes {
             faults
                 .push("witness: a witness has no planes; take away its sections or `witness = true`".into());

@@ -245,7 +245,7 @@ impl Control for Agent {
         }
         let releases =
             self.shelf.releases(name).ok_or_else(|| refused(format!("{} has no [s3] for it", self.me)))?;
-        let until = Deadline::within(Duration::from_secs(300));
+        let until = Deadline::within(Duration::from_mins(5));
         let staged = releases.stage(tree, until).await.map_err(|e| refused(e.to_string()))?;
         let parent = group.release.clone();
         let entry = Entry::Publish {

@@ -4,7 +4,7 @@
 //! a time on each plane, under an authority, by a deadline, and its answer is proposed. An
 //! intent that the applied state no longer shows is dropped at once, wherever it stands.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,6 +47,9 @@ pub struct Hands {
     turns: Mutex<BTreeMap<Place, Arc<tokio::sync::Mutex<()>>>>,
     running: Mutex<BTreeMap<(RunId, StepId), Running>>,
     keeping: Mutex<BTreeMap<Place, AbortHandle>>,
+    /// Planes that this process has reopened: of any other it cannot know whether the
+    /// process before it closed it, and lost the mark with its disk.
+    reopened: Mutex<BTreeSet<Place>>,
     /// Whether everything committed before this process began is applied.
     caught_up: AtomicBool,
 }
@@ -82,6 +85,7 @@ impl Hands {
             turns: Mutex::default(),
             running: Mutex::default(),
             keeping: Mutex::default(),
+            reopened: Mutex::default(),
             caught_up: AtomicBool::new(false),
         })
     }
@@ -135,6 +139,10 @@ impl Hands {
 
     /// Does one intent and proposes its answer until the log has it.
     async fn answer(self: Arc<Self>, intent: Intent, place: Place) {
+        if intent.opens {
+            // Waited for before the turn: a closing must find the plane free.
+            self.leased(&intent, Deadline::within(intent.limit)).await;
+        }
         let turn = self.turn(&place).await;
         let begun = Instant::now();
         let done = self.perform(&intent, &place).await;
@@ -155,7 +163,7 @@ impl Hands {
             match self.engine.propose(vec![command], Instant::now() + Duration::from_secs(5)).await {
                 Ok(_) => return,
                 Err(cause) => {
-                    warn!(run = %intent.run, step = intent.step, %cause, "answer not committed yet")
+                    warn!(run = %intent.run, step = intent.step, %cause, "answer not committed yet");
                 }
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -182,7 +190,7 @@ impl Hands {
             Err(why) => return Some(Err(trouble(Code::BAD_SPEC.as_str(), &why))),
         };
         let until = Deadline::within(intent.limit);
-        if intent.opens && !self.leased(intent, until).await {
+        if intent.opens && !may_open(&self.engine.state(), intent, &self.me, self.lease.left()) {
             let text = format!("{} has no lease in this epoch", self.me);
             return Some(Err(trouble(Code::NEEDS_HUMAN.as_str(), &text)));
         }
@@ -271,7 +279,7 @@ impl Hands {
         let Some(group) = state.groups.get(&place.0) else { return };
         let Some(act) = upkeep_act(group, &place.0, place.1, &self.me, wanted) else { return };
         let Ok(plane) = self.shelf.plane(&place.0, place.1) else { return };
-        let closed = self.is_closed(&place);
+        let closed = self.is_closed(&place) || !self.reopened.lock().contains(&place);
         let result = match wanted {
             Upkeep::Leave => return,
             Upkeep::Close => {
@@ -279,16 +287,16 @@ impl Hands {
                 guarded(until, "self_close", plane.perform(&act, &Authority::self_fence(), until)).await
             }
             Upkeep::Stand => {
-                let until = Deadline::within(Duration::from_secs(60));
+                let until = Deadline::within(Duration::from_mins(1));
                 guarded(until, "stand", plane.perform(&act, &Authority::self_fence(), until)).await
             }
             Upkeep::Serve(epoch) if closed => {
                 let Some(act) = upkeep_act(group, &place.0, place.1, &self.me, Upkeep::Close) else { return };
-                let until = Deadline::within(Duration::from_secs(60));
+                let until = Deadline::within(Duration::from_mins(1));
                 guarded(until, "reopen", plane.undo(&act, &Authority::reopen(epoch), until)).await
             }
             Upkeep::Serve(epoch) => {
-                let until = Deadline::within(Duration::from_secs(60));
+                let until = Deadline::within(Duration::from_mins(1));
                 guarded(until, "serve", plane.perform(&act, &Authority::reopen(epoch), until)).await
             }
         };
@@ -299,14 +307,17 @@ impl Hands {
         let (group, plane) = place;
         match (wanted, result) {
             // Closed again and again: what opened meanwhile may have left the mark in place.
-            (Upkeep::Close, Ok(evidence)) if closed && evidence.change == Change::Already => {}
+            (Upkeep::Close, Ok(evidence)) if self.is_closed(place) && evidence.change == Change::Already => {}
             (Upkeep::Close, Ok(evidence)) => {
                 warn!(%group, %plane, seen = evidence.seen, "closed, the lease ends");
                 self.mark(place, true);
             }
             (Upkeep::Serve(_), Ok(evidence)) if closed => {
-                info!(%group, %plane, seen = evidence.seen, "reopened");
+                if evidence.change == Change::Changed {
+                    info!(%group, %plane, seen = evidence.seen, "reopened");
+                }
                 self.mark(place, false);
+                self.reopened.lock().insert(place.clone());
             }
             (_, Ok(evidence)) if evidence.change == Change::Changed => {
                 info!(%group, %plane, seen = evidence.seen, "upkeep");
@@ -327,8 +338,11 @@ impl Hands {
     fn mark(&self, place: &Place, closed: bool) {
         let file = self.closed_file(place);
         let done = if closed { std::fs::write(&file, b"") } else { std::fs::remove_file(&file) };
-        if let Err(cause) = done {
-            warn!(file = %file.display(), %cause, "mark of a closing not written");
+        match done {
+            Err(cause) if closed || cause.kind() != std::io::ErrorKind::NotFound => {
+                warn!(file = %file.display(), %cause, "mark of a closing not written");
+            }
+            _ => {}
         }
     }
 
@@ -338,7 +352,7 @@ impl Hands {
         match result {
             Ok(e) => info!(%run, %group, %act, %site, undo, took_ms, %token, seen = e.seen, "step done"),
             Err(t) => {
-                warn!(%run, %group, %act, %site, undo, took_ms, %token, code = t.code, why = t.text, "step failed")
+                warn!(%run, %group, %act, %site, undo, took_ms, %token, code = t.code, why = t.text, "step failed");
             }
         }
     }

@@ -145,7 +145,7 @@ impl pb::agent_server::Agent for PeerService {
         if call.act.site != self.0.me {
             return Err(Status::invalid_argument(format!("this is {}, not {}", self.0.me, call.act.site)));
         }
-        let within = call.within.min(Duration::from_secs(60));
+        let within = call.within.min(Duration::from_mins(1));
         let answer = match look(&self.0.shelf, &call.act, within).await {
             Ok(evidence) => ActAnswer::Done(evidence),
             Err(text) => ActAnswer::Fault(ActFault {

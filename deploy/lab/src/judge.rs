@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::history::{Event, Id, Outcome};
+use crate::history::{Event, Id, Outcome, now_ns};
 use crate::load::{Shared, airflow, kafka, postgres, s3};
 use crate::oracle::{Findings, Reason, Window, groups, marks, ms_between, writes};
 use crate::report::Move;
-use crate::world::{Plane, Site, World};
+use crate::world::{DATA_SITES, Plane, Site, World};
 
 /// How long the turned direction may take to carry what was acknowledged.
 const CARRY: Duration = Duration::from_mins(1);
@@ -158,7 +158,7 @@ impl Judge {
     async fn airflow(&mut self, shared: &Shared, w: &Window, row: &mut Move) -> Result<Vec<Reason>> {
         let history = shared.history(Plane::Airflow)?;
         let events = history.events();
-        let accepted = airflow::accepted(history, w.to);
+        let accepted = airflow::accepted(history, &DATA_SITES, w.to);
         let mut api = airflow::Api::new(&shared.world, w.target)?;
         let limit = Instant::now() + CARRY;
         let runs = loop {
@@ -180,11 +180,14 @@ impl Judge {
             fence: writes::fence_seen(&events, w),
             known: runs.iter().map(|(name, _)| name.clone()).collect(),
             accepted,
+            older: airflow::accepted(history, &[w.source], w.to),
             unfinished,
             release: self.release,
         };
+        // what the move left open has been run by now, perhaps for the second time
+        let whole = Window { to: now_ns(), ..*w };
         let seen_marks = airflow::marks(&shared.world);
-        let (seen, reasons) = marks::judge(&seen_marks, w, &facts, least_runs(shared.world.delay));
+        let (seen, reasons) = marks::judge(&seen_marks, &whole, &facts, least_runs(shared.world.delay));
         row.acked.insert("airflow", seen.ended.0 + seen.ended.1);
         let told = |what: Outcome| {
             events.iter().filter(|e| e.done > w.from && e.done <= w.to && e.outcome == what).count()

@@ -235,11 +235,11 @@ impl<'a> Bench<'a> {
         self.shared.moving.store(false, Ordering::Relaxed);
         let ended = now_ns();
         let Some(last) = last else {
-            row.outcome = "no end".to_owned();
+            "no end".clone_into(&mut row.outcome);
             row.wrong.push(format!("run {} has no end after {END:?}", going.run));
             bail!("run {} has no end after {END:?}", going.run);
         };
-        row.outcome = last["result"].as_str().unwrap_or("?").to_owned();
+        last["result"].as_str().unwrap_or("?").clone_into(&mut row.outcome);
         if !legal.contains(&row.outcome.as_str()) {
             row.wrong.push(format!("ended {}, one of {legal:?} is legal: {}", row.outcome, why(last)));
         }

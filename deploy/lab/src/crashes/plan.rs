@@ -63,13 +63,13 @@ impl Stage {
         };
         let is = |stage: &str, act: &str| step["stage"] == stage && (act.is_empty() || step["act"] == act);
         match self {
-            Stage::Preflight => false,
+            // a takeover is told by several words, see `Entry`
+            Stage::Preflight | Stage::Takeover => false,
             Stage::Prepare => is("preflight", "reserve_timelines"),
             Stage::Fence => is("fence", "fence_clients") && step["site"] != source.name,
             Stage::Drain => {
                 is("fence", "fence_apps") || is("fence", "fence_clients") && step["site"] == source.name
             }
-            Stage::Takeover => false, // by several words, see `Entry`
             Stage::Promote => is("takeover", "takeover"),
             Stage::Open => is("promote", "opened"),
             Stage::Reverse => is("open", ""),

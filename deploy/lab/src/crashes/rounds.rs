@@ -60,10 +60,11 @@ pub async fn part(bench: &mut Bench<'_>, plane: Plane, row: &mut Row) -> Result<
     let at = crate::history::wall_ns() / 1_000_000;
     row.met = bench.met(&going, at).await?;
     let last = bench.end(&mut going, Some(Instant::now()), row).await?;
-    if let Some(last) = &last {
-        if last["result"] == "rolled_back" && last["exit"] != 6 {
-            row.wrong.push(format!("rolled back with exit {}, not 6", last["exit"]));
-        }
+    if let Some(last) = &last
+        && last["result"] == "rolled_back"
+        && last["exit"] != 6
+    {
+        row.wrong.push(format!("rolled back with exit {}, not 6", last["exit"]));
     }
     if plane == Plane::Kafka {
         parts::kafka::start(bench.world).await.context("start the broker again")?;
@@ -108,7 +109,7 @@ pub async fn abort(bench: &mut Bench<'_>, row: &mut Row) -> Result<()> {
     if let Some(last) = bench.until(&mut going, |told| entry.by(told)).await? {
         bail!("left before its fence: {last}");
     }
-    row.victim = "-".to_owned();
+    "-".clone_into(&mut row.victim);
     second_orders(bench, &going, row).await?;
     let reason = ["run", "abort", &going.run, "--reason", "the lab wants it back", "--no-wait"];
     let at = crate::history::wall_ns() / 1_000_000;

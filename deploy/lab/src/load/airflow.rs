@@ -144,9 +144,9 @@ async fn ask(shared: Arc<Shared>, history: Arc<History>, mut api: Api) {
     }
 }
 
-/// Runs that were accepted by either site up to a time.
-pub fn accepted(history: &History, to: u64) -> BTreeSet<String> {
-    DATA_SITES.iter().flat_map(|s| history.acked_ids(*s, 0, to)).map(run_name).collect()
+/// Runs that were accepted by one of these sites up to a time.
+pub fn accepted(history: &History, sites: &[Site], to: u64) -> BTreeSet<String> {
+    sites.iter().flat_map(|s| history.acked_ids(*s, 0, to)).map(run_name).collect()
 }
 
 /// Takeover to the first scheduler that put its own row into the new site's database.

@@ -31,7 +31,7 @@ const TOOLS: [&str; 6] = ["postgres", "pg_ctl", "initdb", "pg_basebackup", "pg_r
 /// Databases of the group, each owned by the role of its name.
 const DATABASES: [&str; 2] = ["app", "airflow"];
 /// How long an instance may take to start.
-const START_LIMIT: Duration = Duration::from_secs(60);
+const START_LIMIT: Duration = Duration::from_mins(1);
 
 fn bin_dir() -> Option<PathBuf> {
     let has_all = |dir: &&&str| TOOLS.iter().all(|tool| Path::new(dir).join(tool).is_file());
@@ -68,7 +68,7 @@ pub async fn install(_world: &World) -> Result<()> {
     let mut apt = Command::new("apt-get");
     apt.args(["install", "-y", "--no-install-recommends", "postgresql"])
         .env("DEBIAN_FRONTEND", "noninteractive");
-    crate::process::run(&mut apt, Duration::from_secs(600)).await.context("install postgresql")?;
+    crate::process::run(&mut apt, Duration::from_mins(10)).await.context("install postgresql")?;
     ensure!(bin_dir().is_some(), "the package postgresql brought none of the folders {BIN_DIRS:?}");
     Ok(())
 }
