@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use dc_core::ids::SiteId;
@@ -39,6 +40,8 @@ pub struct LeaseKeeper {
     file: PathBuf,
     inner: Mutex<Inner>,
     changed: watch::Sender<u64>,
+    sent: AtomicU64,
+    missed: AtomicU64,
 }
 
 struct Inner {
@@ -63,7 +66,15 @@ impl LeaseKeeper {
         let kept = std::fs::read(&file).ok().and_then(|body| serde_json::from_slice::<Kept>(&body).ok());
         let inherited = kept.filter(|k| !k.boot.is_empty() && k.boot == boot_id()).map(|k| k.until);
         let inner = Inner { own: OwnLease::default(), watch: Watch::default(), session: 0, inherited };
-        Self { me, profile, file, inner: Mutex::new(inner), changed: watch::Sender::new(0) }
+        Self {
+            me,
+            profile,
+            file,
+            inner: Mutex::new(inner),
+            changed: watch::Sender::new(0),
+            sent: AtomicU64::new(0),
+            missed: AtomicU64::new(0),
+        }
     }
 
     /// What is left of the lease; none when it is over or was never had by this process.
@@ -82,6 +93,11 @@ impl LeaseKeeper {
     /// How long ago a renewal of that site was applied here.
     pub fn age(&self, site: &SiteId) -> Option<Duration> {
         self.inner.lock().watch.age(site, now())
+    }
+
+    /// Renewals proposed by this process, and how many of them were not confirmed in time.
+    pub fn renewals(&self) -> (u64, u64) {
+        (self.sent.load(Ordering::Relaxed), self.missed.load(Ordering::Relaxed))
     }
 
     /// Ticks whenever the lease was renewed, lost or given up.
@@ -135,7 +151,9 @@ impl LeaseKeeper {
             let command = Command { by: format!("agent/{}", self.me), wall: wall(), entry };
             // A renewal without an answer is no lease and no error: the next one has a higher number.
             let until = Instant::now() + self.profile.renew * 2;
+            self.sent.fetch_add(1, Ordering::Relaxed);
             if let Err(cause) = engine.propose(vec![command], until).await {
+                self.missed.fetch_add(1, Ordering::Relaxed);
                 warn!(number, %cause, "renewal not confirmed");
             }
         }

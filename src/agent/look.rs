@@ -120,6 +120,23 @@ impl Agent {
         let yes = |it: bool| if it { 1.0 } else { 0.0 };
         gauge("quorum_is_leader", "", yes(leadership.me));
         gauge("quorum_answering", "", yes(leadership.quorum_ok));
+        let quorum = self.engine.metrics();
+        let mut commits = quorum.commits;
+        commits.sort_unstable();
+        for (quantile, at) in [("0.5", commits.len() / 2), ("0.99", commits.len() * 99 / 100)] {
+            let Some(took) = commits.get(at) else { continue };
+            gauge("quorum_commit_seconds", &format!(",quantile=\"{quantile}\""), took.as_secs_f64());
+        }
+        let (renewals, missed) = self.lease.renewals();
+        #[allow(clippy::cast_precision_loss)] // a sample is a float by definition
+        for (name, count) in [
+            ("quorum_commits_total", quorum.commits_total),
+            ("quorum_term", quorum.term),
+            ("lease_renewals_total", renewals),
+            ("lease_renewals_missed_total", missed),
+        ] {
+            gauge(name, "", count as f64);
+        }
         gauge("lease_remaining_seconds", "", self.lease.left().map_or(0.0, |left| left.as_secs_f64()));
         for (name, group) in &state.groups {
             let label = format!(",group=\"{name}\"");

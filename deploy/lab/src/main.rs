@@ -3,6 +3,7 @@
 //! the product's binaries, as an operator would.
 
 mod agents;
+mod bench;
 mod crashes;
 mod history;
 mod judge;
@@ -56,6 +57,8 @@ enum Cmd {
     Where(Named),
     /// Move back and forth while agents and parts die in every stage
     Crashes(Crashes),
+    /// Move back and forth under load for a while and print what every step took
+    Bench(Measure),
     /// Hold the lab's number and its links (started by the lab itself)
     #[command(hide = true)]
     Keeper {
@@ -124,7 +127,7 @@ struct Crashes {
     #[command(flatten)]
     named: Named,
     /// Planes that take part
-    #[arg(long, value_delimiter = ',', default_values_t = [Plane::Postgres, Plane::Kafka])]
+    #[arg(long, value_delimiter = ',', default_values_t = [Plane::Postgres, Plane::Kafka, Plane::S3])]
     planes: Vec<Plane>,
     /// Delay of replication between the sites, each way, in milliseconds
     #[arg(long, default_value_t = 20, value_name = "MS")]
@@ -141,6 +144,24 @@ struct Crashes {
     /// Leave everything running at the end
     #[arg(long)]
     keep: bool,
+}
+
+#[derive(Debug, Args)]
+struct Measure {
+    #[command(flatten)]
+    up: Up,
+    /// How long moves are made one after another
+    #[arg(long, default_value_t = 30)]
+    minutes: u64,
+    /// How often the leading agent is killed after them
+    #[arg(long, default_value_t = 5)]
+    elections: usize,
+    /// Write the table
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// No delay between the sites (same as --delay 0)
+    #[arg(long)]
+    timing: bool,
 }
 
 #[derive(Debug, Args)]
@@ -186,6 +207,7 @@ async fn main() -> ExitCode {
             Verdict::Pass
         }),
         Cmd::Crashes(crashes) => crashes::play(&game(&crashes)).await,
+        Cmd::Bench(measure) => bench::switchover(&measured(&measure)).await,
         Cmd::Keeper { root } => keep(&root).await.map(|()| Verdict::Pass),
     };
     match done {
@@ -213,20 +235,31 @@ fn order(run: &Run) -> Order {
     }
 }
 
-fn game(asked: &Crashes) -> crashes::Game {
-    let order = Order {
-        name: asked.named.name.clone(),
-        planes: asked.planes.iter().copied().collect(),
+/// A lab on whose moves nothing is asked but what follows.
+fn plain(named: &Named, planes: &[Plane], delay: u64) -> Order {
+    Order {
+        name: named.name.clone(),
+        planes: planes.iter().copied().collect(),
         moves: 0,
-        delay: Duration::from_millis(asked.delay),
+        delay: Duration::from_millis(delay),
         report: None,
-        keep: asked.keep,
+        keep: false,
         sabotage: None,
         agent: None,
         build_s: None,
-    };
+    }
+}
+
+fn game(asked: &Crashes) -> crashes::Game {
+    let order = Order { keep: asked.keep, ..plain(&asked.named, &asked.planes, asked.delay) };
     let seed = asked.seed.unwrap_or_else(crashes::any_seed);
     crashes::Game { order, seed, rounds: asked.rounds, only: asked.only.clone() }
+}
+
+fn measured(asked: &Measure) -> bench::Asked {
+    let delay = if asked.timing { 0 } else { asked.up.delay };
+    let order = Order { report: asked.report.clone(), ..plain(&asked.up.named, &asked.up.planes, delay) };
+    bench::Asked { order, lasts: Duration::from_mins(asked.minutes), elections: asked.elections }
 }
 
 async fn selftest(test: &Selftest) -> Result<Verdict> {

@@ -50,28 +50,44 @@ pub async fn run(order: &Order) -> Result<Verdict> {
 /// As [`run`], returning the report.
 pub async fn perform(order: &Order) -> Result<Report> {
     prereq::check(order.planes.len() == Plane::ALL.len())?;
+    let passed = |report: &Report| report.verdict == Verdict::Pass;
+    inside(order, passed, async |world| {
+        let report = drive(world, order).await?;
+        publish(&report, order)?;
+        Ok(report)
+    })
+    .await
+}
+
+/// A fresh lab for some work. It is ended afterwards, whatever comes of the work, unless the order keeps it.
+///
+/// Errors: the lab cannot be built or taken down; the work's own; a person ended it.
+pub async fn inside<T>(
+    order: &Order,
+    passed: impl Fn(&T) -> bool,
+    work: impl AsyncFnOnce(&World) -> Result<T>,
+) -> Result<T> {
     let world = fresh(order).await?;
-    let judged = tokio::select! {
-        judged = Box::pin(drive(&world, order)) => judged,
+    let done = tokio::select! {
+        done = Box::pin(work(&world)) => done,
         () = interrupted() => Err(anyhow::anyhow!("interrupted")),
     };
-    let passed = matches!(&judged, Ok(report) if report.verdict == Verdict::Pass);
-    if !passed && order.sabotage.is_none() {
+    let good = done.as_ref().is_ok_and(passed);
+    if !good && order.sabotage.is_none() {
         tell_logs(&world);
     }
-    let judged = judged.and_then(|report| publish(&report, order).map(|()| report));
     if order.keep {
         tell_kept(&world);
-        return judged;
+        return done;
     }
-    let ended = end(&world, passed).await;
-    let report = judged?;
+    let ended = end(&world, good).await;
+    let done = done?;
     ended?;
-    Ok(report)
+    Ok(done)
 }
 
 /// Returns when a person or a supervisor wants the lab to end.
-pub async fn interrupted() {
+async fn interrupted() {
     let term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
     let told = async {
         match term {
@@ -86,7 +102,7 @@ pub async fn interrupted() {
 }
 
 /// An empty lab of that name. One that is running is not touched.
-pub async fn fresh(order: &Order) -> Result<World> {
+async fn fresh(order: &Order) -> Result<World> {
     if let Ok(old) = World::load(&order.name) {
         if old.alive("keeper") {
             bail!(
@@ -111,24 +127,10 @@ pub async fn fresh(order: &Order) -> Result<World> {
 async fn drive(world: &World, order: &Order) -> Result<Report> {
     let mut wall = BTreeMap::new();
     wall.extend(order.build_s.map(|s| ("build", s)));
-    timed("installing what is missing", &mut wall, "install", parts::install(world)).await?;
-    timed("starting the parts of both sites", &mut wall, "start", async {
-        parts::start(world).await?;
-        agents::prepare(world).await?;
-        agents::start(world, order.agent.as_deref(), order.sabotage.as_deref()).await?;
-        eprintln!("  three agents are ready");
-        agents::apply(world).await
-    })
-    .await?;
-    let mut load = Load::start(world, ROME).await?;
-    let releases = Arc::new(Releases::default());
-    if world.planes.contains(&Plane::S3) {
-        releases.publish(world).await.context("publish the first DAG release")?;
-        load.also(releases::keep(load.shared.clone(), releases.clone()));
-    }
-    let moved = timed("moving", &mut wall, "moves", moves(&load.shared, &releases, order)).await;
+    let under = begin(world, order, &mut wall).await?;
+    let moved = timed("moving", &mut wall, "moves", moves(&under, |made| made < order.moves)).await;
     let rss_mib = SITES.iter().map(|s| (s.to_string(), agents::memory(world, *s))).collect();
-    load.stop().await;
+    under.load.stop().await;
     let (rows, mut reasons) = moved?;
     reasons.sort_by_key(|r| std::cmp::Reverse(r.verdict));
     Ok(Report {
@@ -142,6 +144,33 @@ async fn drive(world: &World, order: &Order) -> Result<Report> {
         rss_mib,
         wall_s: wall,
     })
+}
+
+/// A lab whose parts and agents run and whose writers write.
+pub struct Under {
+    /// Clients, and what they were told.
+    pub load: Load,
+    releases: Arc<Releases>,
+}
+
+/// Starts everything: parts, agents, the group, load.
+pub async fn begin(world: &World, order: &Order, wall: &mut BTreeMap<&'static str, f64>) -> Result<Under> {
+    timed("installing what is missing", wall, "install", parts::install(world)).await?;
+    timed("starting the parts of both sites", wall, "start", async {
+        parts::start(world).await?;
+        agents::prepare(world).await?;
+        agents::start(world, order.agent.as_deref(), order.sabotage.as_deref()).await?;
+        eprintln!("  three agents are ready");
+        agents::apply(world).await
+    })
+    .await?;
+    let mut load = Load::start(world, ROME).await?;
+    let releases = Arc::new(Releases::default());
+    if world.planes.contains(&Plane::S3) {
+        releases.publish(world).await.context("publish the first DAG release")?;
+        load.also(releases::keep(load.shared.clone(), releases.clone()));
+    }
+    Ok(Under { load, releases })
 }
 
 async fn timed<T>(
@@ -180,11 +209,14 @@ fn settings(order: &Order) -> Settings {
     }
 }
 
-async fn moves(shared: &Shared, releases: &Releases, order: &Order) -> Result<(Vec<Move>, Vec<Reason>)> {
+/// Moves there and back as long as more are wanted, and none went wrong.
+pub async fn moves(under: &Under, mut more: impl FnMut(usize) -> bool) -> Result<(Vec<Move>, Vec<Reason>)> {
+    let (shared, releases) = (&under.load.shared, &under.releases);
     let (mut rows, mut reasons) = (Vec::new(), Vec::new());
     let mut judge = Judge::default();
     let (mut active, mut from) = (ROME, now_ns());
-    for number in 1..=order.moves {
+    while more(rows.len()) {
+        let number = rows.len() + 1;
         let wanted = if active == ROME { FRA } else { ROME };
         eprintln!("  move {number}: {active} -> {wanted}, load is warming up");
         warm(shared, active, from).await;
@@ -377,7 +409,7 @@ pub async fn end(world: &World, purge: bool) -> Result<()> {
 }
 
 /// On failure: where the logs are, and the last lines of those that matter most.
-pub fn tell_logs(world: &World) {
+fn tell_logs(world: &World) {
     let Ok(dir) = std::fs::read_dir(world.root.join("log")) else { return };
     let mut logs: Vec<PathBuf> = dir.filter_map(|e| Some(e.ok()?.path())).collect();
     logs.sort();
@@ -397,7 +429,7 @@ pub fn tell_logs(world: &World) {
     }
 }
 
-pub fn tell_kept(world: &World) {
+fn tell_kept(world: &World) {
     println!(
         "the lab is still running; try\n  {}\nand end it with\n  {} down --name {} --purge",
         agents::example(world),

@@ -9,14 +9,14 @@ mod follow;
 mod plan;
 mod rounds;
 
-use anyhow::{Context, Result};
+use std::collections::BTreeMap;
 
-use crate::load::Load;
+use anyhow::Result;
+
 use crate::oracle::Verdict;
-use crate::releases::Releases;
+use crate::prereq;
 use crate::run::{self, Order};
 use crate::world::{Plane, ROME, World};
-use crate::{agents, parts, prereq};
 use bench::{Bench, Row};
 use plan::Round;
 
@@ -59,36 +59,13 @@ impl Break {
 pub async fn play(game: &Game) -> Result<Verdict> {
     prereq::check(false)?;
     println!("seed {}", game.seed);
-    let world = run::fresh(&game.order).await?;
-    let played = tokio::select! {
-        played = Box::pin(drive(&world, game)) => played,
-        () = run::interrupted() => Err(anyhow::anyhow!("interrupted")),
-    };
-    let passed = matches!(&played, Ok(Verdict::Pass));
-    if !passed {
-        run::tell_logs(&world);
-    }
-    if game.order.keep {
-        run::tell_kept(&world);
-        return played;
-    }
-    let ended = run::end(&world, passed).await;
-    let verdict = played?;
-    ended?;
-    Ok(verdict)
+    run::inside(&game.order, |verdict| *verdict == Verdict::Pass, async |world| drive(world, game).await)
+        .await
 }
 
 async fn drive(world: &World, game: &Game) -> Result<Verdict> {
-    parts::install(world).await?;
-    parts::start(world).await?;
-    agents::prepare(world).await?;
-    agents::start(world, None, None).await?;
-    agents::apply(world).await?;
-    let load = Load::start(world, ROME).await?;
-    if world.planes.contains(&Plane::S3) {
-        Releases::default().publish(world).await.context("publish the first DAG release")?;
-    }
-    let mut bench = Bench::new(&load.shared, ROME);
+    let under = run::begin(world, &game.order, &mut BTreeMap::new()).await?;
+    let mut bench = Bench::new(&under.load.shared, ROME);
     let mut rows = Vec::new();
     for breaks in chosen(game) {
         let mut row = Row { name: breaks.name(), ..Row::default() };
@@ -108,7 +85,7 @@ async fn drive(world: &World, game: &Game) -> Result<Verdict> {
             break; // what the next round would meet is for a human to see
         }
     }
-    load.stop().await;
+    under.load.stop().await;
     Ok(tell(game, &rows))
 }
 

@@ -155,21 +155,23 @@ impl fmt::Display for Round {
     }
 }
 
-/// The rounds of a seed. Each nine hold every stage once and every victim three times, once of them late.
+/// The rounds of a seed. Each nine hold every stage once and every victim three times, once of them late; 27 hold
+/// every victim in every stage.
 pub fn rounds(seed: u64, count: usize) -> Vec<Round> {
     let mut dice = Dice(seed);
-    let mut rounds = Vec::new();
-    while rounds.len() < count {
-        let mut victims: Vec<(Victim, bool)> =
-            Victim::ALL.into_iter().flat_map(|v| [(v, true), (v, false), (v, false)]).collect();
-        dice.shuffle(&mut victims);
-        for (stage, (victim, late)) in Stage::ALL.into_iter().zip(victims) {
-            let pause = Duration::from_millis(50 + dice.below(1_500));
-            rounds.push(Round { stage, victim, late, pause });
-        }
-    }
-    rounds.truncate(count);
-    rounds
+    let mut first: Vec<(usize, bool)> =
+        (0..Victim::ALL.len()).flat_map(|v| [(v, true), (v, false), (v, false)]).collect();
+    dice.shuffle(&mut first);
+    let nine =
+        |turn: usize| Stage::ALL.into_iter().zip(first.clone()).map(move |(s, (v, l))| (turn, s, v, l));
+    let all = (0..).flat_map(nine).take(count);
+    all.map(|(turn, stage, victim, late)| Round {
+        stage,
+        victim: Victim::ALL[(victim + turn) % Victim::ALL.len()],
+        late,
+        pause: Duration::from_millis(50 + dice.below(1_500)),
+    })
+    .collect()
 }
 
 /// Numbers that a seed decides (`SplitMix64`).
@@ -228,6 +230,13 @@ mod tests {
                 assert_eq!(nine.iter().filter(|r| r.victim == victim && r.late).count(), 1);
             }
         }
+    }
+
+    #[test]
+    fn holds_the_whole_grid_in_27_rounds() {
+        let all = rounds(3, 27);
+        let grid: BTreeSet<(Stage, Victim)> = all.iter().map(|r| (r.stage, r.victim)).collect();
+        assert_eq!(grid.len(), Stage::ALL.len() * Victim::ALL.len());
     }
 
     #[test]
