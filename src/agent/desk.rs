@@ -75,7 +75,19 @@ impl Agent {
             };
             (act, seen)
         });
-        join_all(looks).await.into_iter().flat_map(|(act, seen)| findings(&act, seen)).collect()
+        let (mut found, mut told) = (Vec::new(), Vec::new());
+        for (act, seen) in join_all(looks).await {
+            match seen {
+                Ok(evidence) => told.extend(evidence.outcomes),
+                Err(text) => found.push(unanswered(&act, text)),
+            }
+        }
+        found.extend(plan::compare(&told, &known.holder, to));
+        found.extend(told.into_iter().flat_map(|o| match o {
+            Outcome::Findings(found) => found,
+            _ => Vec::new(),
+        }));
+        found
     }
 
     fn known(&self, name: &GroupName) -> Result<Group, Fail> {
@@ -87,24 +99,8 @@ impl Agent {
     }
 }
 
-fn findings(act: &Act, seen: Result<dc_core::act::Evidence, String>) -> Vec<Finding> {
-    match seen {
-        Ok(evidence) => evidence
-            .outcomes
-            .into_iter()
-            .flat_map(|o| match o {
-                Outcome::Findings(found) => found,
-                _ => Vec::new(),
-            })
-            .collect(),
-        Err(text) => vec![Finding {
-            code: "DC-0222".into(),
-            plane: act.name.plane(),
-            site: act.site.clone(),
-            blocking: true,
-            text,
-        }],
-    }
+fn unanswered(act: &Act, text: String) -> Finding {
+    Finding { code: "DC-0222".into(), plane: act.name.plane(), site: act.site.clone(), blocking: true, text }
 }
 
 fn no_quorum(cause: &str) -> Fail {

@@ -90,7 +90,7 @@ fn judge(run: &Run, group: &Group) -> Verdict {
     }
     let mut found: Vec<Finding> =
         run.steps.iter().filter(later).filter(|s| s.done()).flat_map(blockers).collect();
-    found.extend(crate::plan::compare(run));
+    found.extend(crate::plan::compare(run.outcomes(), &run.source, &run.target));
     found.retain(|f| f.blocking);
     if let Some(one) = found.first() {
         let text = found.iter().map(|f| format!("{} at {}: {}", f.code, f.site, f.text)).collect::<Vec<_>>();
@@ -111,7 +111,7 @@ fn judge_preflight(run: &Run) -> Verdict {
         return Verdict::Open;
     }
     let mut found: Vec<Finding> = asked.flat_map(blockers).collect();
-    found.extend(crate::plan::compare(run));
+    found.extend(crate::plan::compare(run.outcomes(), &run.source, &run.target));
     if found.iter().any(|f| f.blocking) { Verdict::Blocked(found) } else { Verdict::Open }
 }
 
