@@ -100,7 +100,7 @@ impl Plane for Postgres {
             PostgresAct::PreSync => local.undo_pre_sync(by, until).await,
             PostgresAct::FenceClients => {
                 local.revive(act, until).await?;
-                local.undo_fence(by, until).await
+                local.undo_fence(act, by, until).await
             }
             PostgresAct::Stop => local.undo_stop(by, until).await,
             PostgresAct::SelfClose => upkeep_reopen(local, act, by, until).await,

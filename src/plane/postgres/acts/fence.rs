@@ -20,6 +20,8 @@ use crate::procs::Process;
 const SWEEP_LIMIT: Duration = Duration::from_secs(5);
 /// How long a server that works may take for one small question before it counts as stopping.
 const ALIVE: Duration = Duration::from_millis(500);
+/// Within this time a server has noticed the signal that tells it to stop.
+const NOTICED: Duration = Duration::from_millis(200);
 
 impl Local {
     /// Whether clients are shut out by this very run, proved as `fence_clients` proves it.
@@ -69,11 +71,22 @@ impl Local {
         )))
     }
 
-    /// Lets clients in again at a site whose run was rolled back.
-    pub(crate) async fn undo_fence(&self, by: &Authority, until: Deadline) -> Result<Evidence, PlaneError> {
+    /// Lets clients in again at a site whose run was rolled back; a primary that died meanwhile is started.
+    pub(crate) async fn undo_fence(
+        &self,
+        act: &Act,
+        by: &Authority,
+        until: Deadline,
+    ) -> Result<Evidence, PlaneError> {
         must_open(by)?;
         let mine = mark_of(by)?;
         let marks = self.marks.get()?;
+        if self.site == act.source {
+            if let Some(no) = foreign_fence(&marks, &mine) {
+                return Err(no);
+            }
+            self.ensure_primary(until).await?;
+        }
         if marks.fence.is_none() && self.door_is_shut()? == Some(false) {
             return Ok(Evidence::already("no fence stands and the door is open"));
         }
@@ -190,10 +203,32 @@ impl Local {
         self.start_as_primary(until).await
     }
 
-    /// Whether a running server answers, which one that is stopping does not.
-    pub(crate) async fn works(&self, until: Deadline) -> bool {
-        let soon = Deadline(until.0.min(Deadline::within(ALIVE).0));
-        self.own.all(soon, "ask whether it answers", "select 1", &[]).await.is_ok()
+    /// Whether a running server takes new sessions, which one that is stopping does not.
+    ///
+    /// Asked twice: a stop that was ordered just before may not have been noticed at the first time.
+    async fn works(&self, until: Deadline) -> bool {
+        for pause in [NOTICED, Duration::ZERO] {
+            let soon = Deadline(until.0.min(Deadline::within(ALIVE).0));
+            if self.own.sibling().run(soon, "ask whether it answers", "select 1").await.is_err() {
+                return false;
+            }
+            tokio::time::sleep(pause).await;
+        }
+        true
+    }
+
+    /// Starts the primary, door shut, if no instance runs.
+    ///
+    /// Errors: as of `start_as_primary`.
+    pub(crate) async fn ensure_primary(&self, until: Deadline) -> Result<Option<Evidence>, PlaneError> {
+        if self.postmaster().is_some() {
+            return Ok(None);
+        }
+        let _one = self.role_lock(until).await?;
+        if self.postmaster().is_some() {
+            return Ok(None);
+        }
+        self.start_as_primary(until).await.map(Some)
     }
 
     /// Starts a data directory that was a primary's, as a primary, door shut.

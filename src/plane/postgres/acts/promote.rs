@@ -308,7 +308,7 @@ impl Local {
         })
     }
 
-    /// Lets clients in at the new holder.
+    /// Lets clients in at the new holder; a primary that died since its promotion is started.
     ///
     /// Errors: `Refused` unless this is the primary that carries the act's epoch row.
     pub(crate) async fn open(
@@ -319,6 +319,7 @@ impl Local {
     ) -> Result<Evidence, PlaneError> {
         must_open(by)?;
         let begun = tokio::time::Instant::now();
+        self.ensure_primary(until).await?;
         let recovering = self.own.one(until, "read the role", "select pg_is_in_recovery() as r", &[]).await?;
         if db::get::<bool>(&recovering, "r")? || !self.has_epoch_row(act, until).await? {
             let why = format!("{} is not the primary that carries epoch {}", self.site, act.epoch);

@@ -90,11 +90,8 @@ impl Local {
         let mut changed = Vec::new();
         if self.postmaster().is_none() {
             must_open(by)?;
-            let _one = self.role_lock(until).await?;
-            if self.postmaster().is_none() {
-                changed.push(self.start_as_primary(until).await?.seen);
-            }
         }
+        changed.extend(self.ensure_primary(until).await?.map(|started| started.seen));
         let sql = "select pg_is_in_recovery() as in_recovery, current_setting('synchronous_standby_names') as names";
         let row = self.own.one(until, "read the role", sql, &[]).await?;
         if db::get::<bool>(&row, "in_recovery")? {
@@ -147,7 +144,7 @@ impl Local {
 
     /// Starts a standby that died during a run, so that taking the run back waits for nobody.
     ///
-    /// Does nothing at the source, whose instance is started by the undo of its stop. Repeat: safe.
+    /// Does nothing at the source, whose instance is started by the undo of its fence. Repeat: safe.
     pub(crate) async fn revive(&self, act: &Act, until: Deadline) -> Result<(), PlaneError> {
         if self.site != act.target || self.postmaster().is_some() {
             return Ok(());
