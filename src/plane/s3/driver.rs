@@ -179,14 +179,21 @@ impl Here {
         Ok(evidence.with(Outcome::Position(position)))
     }
 
-    async fn open_writers(&self, act: &Act, by: &Authority, until: Deadline) -> Result<Evidence, PlaneError> {
+    /// Ends the puller, lets the writers in, and then looks once more for what a write that was under way at the old
+    /// site's fence added behind the last pass.
+    async fn open_writers(
+        self: &Arc<Self>,
+        act: &Act,
+        by: &Authority,
+        until: Deadline,
+    ) -> Result<Evidence, PlaneError> {
         if self.cfg.site != *act.new_holder() {
             let why = format!("{} is not the site that shall hold the group", self.cfg.site);
             return Err(PlaneError::refused("DC-0513", why));
         }
         opening(by)?;
         self.end_puller(act.epoch, until).await?;
-        let evidence = self
+        let opened = self
             .reopen(
                 |m| {
                     m.run = None;
@@ -197,7 +204,9 @@ impl Here {
                 until,
             )
             .await?;
-        Ok(Evidence { seen: format!("puller ended, nothing in flight; {}", evidence.seen), ..evidence })
+        let late = self.late(act, opened, until).await?;
+        self.mark(|m| m.late = false)?;
+        Ok(late)
     }
 
     /// Turns this site to pulling: writers denied here, one full pass done, and on for a while.
@@ -341,7 +350,9 @@ impl Plane for S3Plane {
         let wanted = match s3_act(act)? {
             S3Act::FenceWriters if act.run.is_some() && marks.run == act.run => Answer::Refused,
             S3Act::SelfClose if marks.closed() => Answer::Refused,
-            S3Act::OpenWriters if marks.opened == Some(act.epoch) && !marks.closed() => Answer::Accepted,
+            S3Act::OpenWriters if marks.opened == Some(act.epoch) && !marks.closed() && !marks.late => {
+                Answer::Accepted
+            }
             _ => return Ok(Progress::NotYet),
         };
         let closed = wanted == Answer::Refused;

@@ -24,6 +24,18 @@ fn bad(cause: &policy::BadPolicy) -> PlaneError {
     PlaneError::refused("DC-0503", cause.to_string())
 }
 
+/// Does a change of the policy to its end, also when who asked for it is gone: a request that was broken off would
+/// land behind the proof of a later one.
+async fn whole<T: Send + 'static>(
+    change: impl Future<Output = Result<T, PlaneError>> + Send + 'static,
+) -> Result<T, PlaneError> {
+    let task = tokio::spawn(async move {
+        let _one = POLICY.lock().await;
+        change.await
+    });
+    task.await.map_err(|e| PlaneError::failed("change the bucket policy", &e))?
+}
+
 impl Here {
     /// Whether our Deny stands in the bucket's policy.
     pub(crate) async fn fenced(&self) -> Result<bool, PlaneError> {
@@ -38,37 +50,41 @@ impl Here {
 
     /// Puts the Deny in or takes it out, and reads the policy back. Whether anything changed.
     async fn set_fence(&self, closed: bool) -> Result<bool, PlaneError> {
-        let _one = POLICY.lock().await;
-        let text = self.own.policy().await?;
-        if policy::is_fenced(text.as_deref(), &self.group, &self.cfg.spec).map_err(|e| bad(&e))? == closed {
-            return Ok(false);
-        }
-        let next = if closed {
-            policy::with_fence(text.as_deref(), &self.group, &self.cfg.spec).map(Some)
-        } else {
-            policy::without_fence(text.as_deref(), &self.group)
-        }
-        .map_err(|e| bad(&e))?;
-        self.own.set_policy(next.as_deref()).await?;
-        if self.fenced().await? == closed {
-            return Ok(true);
-        }
-        Err(PlaneError::Failed {
-            what: "change the bucket policy".into(),
-            why: format!(
-                "{} gives back another policy than it got; does something else manage it?",
-                self.own.site
-            ),
+        let (own, group, spec) = (self.own.clone(), self.group.clone(), self.cfg.spec.clone());
+        whole(async move {
+            let stands =
+                |text: Option<String>| policy::is_fenced(text.as_deref(), &group, &spec).map_err(|e| bad(&e));
+            let text = own.policy().await?;
+            if stands(text.clone())? == closed {
+                return Ok(false);
+            }
+            let next = if closed {
+                policy::with_fence(text.as_deref(), &group, &spec).map(Some)
+            } else {
+                policy::without_fence(text.as_deref(), &group)
+            }
+            .map_err(|e| bad(&e))?;
+            own.set_policy(next.as_deref()).await?;
+            if stands(own.policy().await?)? == closed {
+                return Ok(true);
+            }
+            let why =
+                format!("{} gives back another policy than it got; does something else manage it?", own.site);
+            Err(PlaneError::Failed { what: "change the bucket policy".into(), why })
         })
+        .await
     }
 
     /// Writes the policy again as it stands: proves the right to change it and changes nothing.
     pub(crate) async fn rewrite_policy(&self) -> Result<(), PlaneError> {
-        let _one = POLICY.lock().await;
-        match self.own.policy().await? {
-            Some(text) => self.own.set_policy(Some(&text)).await,
-            None => Ok(()),
-        }
+        let own = self.own.clone();
+        whole(async move {
+            match own.policy().await? {
+                Some(text) => own.set_policy(Some(&text)).await,
+                None => Ok(()),
+            }
+        })
+        .await
     }
 
     /// Waits until a writer's own PUT is answered as it must be, `times` in a row.
@@ -154,13 +170,16 @@ impl Here {
         Ok(if changed { Evidence::changed(seen) } else { Evidence::already(seen) })
     }
 
-    fn mark(&self, how: impl FnOnce(&mut Marks)) -> Result<(), PlaneError> {
+    pub(crate) fn mark(&self, how: impl FnOnce(&mut Marks)) -> Result<(), PlaneError> {
         self.state.change(how).map_err(|e| PlaneError::failed("write the marks of the fence", &e))
     }
 
     /// Ends pulling here for good in this epoch; nothing of it is in flight afterwards.
     pub(crate) async fn end_puller(&self, epoch: Epoch, until: Deadline) -> Result<(), PlaneError> {
-        self.mark(|m| m.opened = m.opened.max(Some(epoch)))?;
+        self.mark(|m| {
+            m.late |= m.opened < Some(epoch);
+            m.opened = m.opened.max(Some(epoch));
+        })?;
         self.stop_pass();
         let ended = wait_until(until, Duration::from_millis(5), "the puller to end", || async {
             Ok(self.puller.try_lock().is_ok().then_some(()))

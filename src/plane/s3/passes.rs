@@ -39,8 +39,11 @@ pub(crate) enum Mode {
     Bring,
     /// Count it.
     Count,
-    /// Bring only what neither this site nor its memory knows: it came after the last pass.
+    /// Bring what came after the last pass, before the other site follows this one: what this site does not know, and
+    /// what is here as it was then.
     Late,
+    /// Bring only what neither this site nor its memory knows.
+    Stray,
 }
 
 /// Ends a pass when who asked for it is gone.
@@ -96,7 +99,8 @@ impl Here {
             take: match mode {
                 Mode::Bring => Take::All,
                 Mode::Count => Take::Nothing,
-                Mode::Late => Take::Unknown,
+                Mode::Late => Take::Late,
+                Mode::Stray => Take::Unknown,
             },
             proved,
             epoch,

@@ -76,6 +76,8 @@ pub(crate) enum Take {
     Nothing,
     /// Only what is not here and was never remembered; nothing else is counted.
     Unknown,
+    /// That, and what is here as it was remembered and has another state there; nothing else is counted.
+    Late,
 }
 
 /// What a pass is told.
@@ -223,7 +225,14 @@ impl Pass {
         self.report.compared += 1;
         let row = self.memory.get(&theirs.key)?;
         let verdict = decide(&theirs, ours.as_ref(), row.as_ref());
-        if self.order.take == Take::Unknown && (verdict != Verdict::Missing || row.is_some()) {
+        let unknown = verdict == Verdict::Missing && row.is_none();
+        let skipped = match self.order.take {
+            Take::All | Take::Nothing => false,
+            Take::Unknown => !unknown,
+            // replaced only where a write that comes here meanwhile is seen
+            Take::Late => !(unknown || verdict == Verdict::Older && self.order.proved.is),
+        };
+        if skipped {
             return Ok(());
         }
         match verdict {

@@ -11,6 +11,7 @@ use dc_plane::{Deadline, PlaneError, wait_until};
 use crate::driver::Here;
 use crate::passes::Mode;
 use crate::publish::put_proved;
+use crate::pull::Report;
 
 /// Most bytes of a canary.
 const MOST: u64 = 4096;
@@ -26,7 +27,7 @@ impl Here {
         if self.cfg.site != *act.new_holder() {
             return self.verify_following(act, until).await;
         }
-        let late = self.pass(Mode::Late, act.epoch, until).await?;
+        let late = self.pass(Mode::Stray, act.epoch, until).await?;
         let run = act.run.as_ref().map_or("upkeep", |r| r.0.as_str());
         let text = format!("canary of {} in epoch {}, run {run}\n", self.group, act.epoch);
         let (key, body) = (self.canary_key(&self.cfg.site), Bytes::from(text));
@@ -47,15 +48,33 @@ impl Here {
             self.peer.site,
             late.pending,
         );
-        let evidence = Evidence::changed(seen);
+        Ok(self.with_late(Evidence::changed(seen), &late))
+    }
+
+    /// What came at the other site behind the last pass, brought here before that site follows this one.
+    ///
+    /// Errors: something of it is still missing here.
+    pub(crate) async fn late(
+        self: &Arc<Self>,
+        act: &Act,
+        opened: Evidence,
+        until: Deadline,
+    ) -> Result<Evidence, PlaneError> {
+        let late = self.pass(Mode::Late, act.epoch, until).await?;
+        self.must_be_level(&late)?;
+        let seen = format!("{}; {} objects came late", opened.seen, late.pending);
+        Ok(self.with_late(Evidence { seen, ..opened }, &late))
+    }
+
+    fn with_late(&self, evidence: Evidence, late: &Report) -> Evidence {
         if late.pending == 0 {
-            return Ok(evidence);
+            return evidence;
         }
         let text = format!(
             "{} objects were written at {} after its fence was proved; {} of them were brought here, {} are left",
             late.pending, self.peer.site, late.brought, late.left
         );
-        Ok(evidence.with(Outcome::Findings(vec![self.finding("DC-0515", false, text)])))
+        evidence.with(Outcome::Findings(vec![self.finding("DC-0515", false, text)]))
     }
 
     /// At the standby: one pass without a failure, after which the holder's canary is here as it is there.
