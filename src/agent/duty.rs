@@ -163,7 +163,7 @@ pub fn upkeep_act(
     let mut given = Vec::new();
     given.extend(group.mirror.clone().map(Outcome::Mirror));
     given.extend(group.release.clone().map(Outcome::Release));
-    given.extend(group.grants.as_ref().map(|g| Outcome::Grants(g.grants.clone())));
+    given.extend(group.grants.as_ref().filter(|g| !g.settled).map(|g| Outcome::Grants(g.grants.clone())));
     let standby = group.spec.other(&group.holder).cloned().unwrap_or_else(|| group.holder.clone());
     Some(Act {
         name: act,

@@ -234,11 +234,15 @@ impl Hands {
         if wanted == Upkeep::Close {
             self.drop_steps(place);
         }
-        let mut task = tokio::spawn(self.clone().tend(place.clone(), wanted));
-        if wanted != Upkeep::Close {
-            // An intent takes the plane from any upkeep but a closing.
-            self.keeping.lock().insert(place.clone(), task.abort_handle());
-        }
+        let mut task = {
+            // An intent takes the plane from any upkeep but a closing: it waits here until it can see this one.
+            let mut keeping = self.keeping.lock();
+            let task = tokio::spawn(self.clone().tend(place.clone(), wanted));
+            if wanted != Upkeep::Close {
+                keeping.insert(place.clone(), task.abort_handle());
+            }
+            task
+        };
         let ended = tokio::select! {
             ended = &mut task => ended,
             () = self.lease_ends(), if matches!(wanted, Upkeep::Serve(_)) => {
@@ -283,6 +287,9 @@ impl Hands {
         let result = match wanted {
             Upkeep::Leave => return,
             Upkeep::Close => {
+                // first, for a closing that fails half-way has closed something
+                self.reopened.lock().remove(&place);
+                self.mark(&place, true);
                 let until = Deadline::within(Duration::from_secs(10));
                 guarded(until, "self_close", plane.perform(&act, &Authority::self_fence(), until)).await
             }
@@ -306,11 +313,9 @@ impl Hands {
     fn settle(&self, place: &Place, wanted: Upkeep, closed: bool, result: &Result<Evidence, PlaneError>) {
         let (group, plane) = place;
         match (wanted, result) {
-            // Closed again and again: what opened meanwhile may have left the mark in place.
-            (Upkeep::Close, Ok(evidence)) if self.is_closed(place) && evidence.change == Change::Already => {}
+            (Upkeep::Close, Ok(evidence)) if closed && evidence.change == Change::Already => {}
             (Upkeep::Close, Ok(evidence)) => {
                 warn!(%group, %plane, seen = evidence.seen, "closed, the lease ends");
-                self.mark(place, true);
             }
             (Upkeep::Serve(_), Ok(evidence)) if closed => {
                 if evidence.change == Change::Changed {

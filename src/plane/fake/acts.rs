@@ -17,8 +17,8 @@ pub(super) fn opens(act: ActName) -> bool {
     matches!(
         act,
         ActName::Postgres(PostgresAct::Open | PostgresAct::Serve)
-            | ActName::Kafka(KafkaAct::GrantApps | KafkaAct::Serve)
-            | ActName::S3(S3Act::OpenWriters | S3Act::Serve)
+            | ActName::Kafka(KafkaAct::GrantApps)
+            | ActName::S3(S3Act::OpenWriters)
             | ActName::Airflow(StartWriters | OpenApi | AirflowAct::Serve)
     )
 }
@@ -175,14 +175,17 @@ impl Group {
             PostgresAct::Promote => return self.promote(act),
             PostgresAct::Open | PostgresAct::Serve => {
                 let here = self.at(act);
-                if !(here.primary && here.running) {
-                    return Err(failed(act, "is not a running primary"));
+                if !here.primary {
+                    return Err(failed(act, "is no primary"));
                 }
-                here.door = true;
+                (here.running, here.door) = (true, true);
                 here.shut.clear();
             }
             PostgresAct::Follow => self.follow(act),
-            PostgresAct::SelfClose => self.at(act).closed = true,
+            PostgresAct::SelfClose => {
+                let here = self.at(act);
+                (here.running, here.closed) = (false, true);
+            }
             PostgresAct::Checkpoint | PostgresAct::Verify | PostgresAct::Stand => {}
         }
         Ok(self.done(act))
@@ -259,14 +262,8 @@ impl Group {
                 let position = Outcome::Position(Position::Kafka { source, target });
                 return Ok(Piece::Done(changed(act).with(position)));
             }
-            KafkaAct::GrantApps | KafkaAct::Serve => {
-                let Some(grants) = act.grants().cloned() else {
-                    return if name == KafkaAct::Serve {
-                        Ok(self.done(act))
-                    } else {
-                        Err(failed(act, "no grants"))
-                    };
-                };
+            KafkaAct::GrantApps => {
+                let Some(grants) = act.grants().cloned() else { return Err(failed(act, "no grants")) };
                 let here = self.at(act);
                 here.grants.extend(grants);
                 (here.door, here.fed) = (true, false);
@@ -274,7 +271,7 @@ impl Group {
             }
             KafkaAct::StartReverse => return Ok(self.start_reverse(act)),
             KafkaAct::SelfClose => self.at(act).closed = true,
-            KafkaAct::StopForward | KafkaAct::Verify | KafkaAct::Stand => {}
+            KafkaAct::StopForward | KafkaAct::Verify | KafkaAct::Stand | KafkaAct::Serve => {}
         }
         Ok(self.done(act))
     }
@@ -318,7 +315,7 @@ impl Group {
                 let position = Position::S3 { release: act.release().cloned(), logs: 0 };
                 return Piece::Done(changed(act).with(Outcome::Position(position)));
             }
-            S3Act::OpenWriters | S3Act::Serve => {
+            S3Act::OpenWriters => {
                 let here = self.at(act);
                 here.door = true;
                 here.shut.clear();
@@ -329,7 +326,7 @@ impl Group {
                 self.turn(plane, &new, &act.site);
             }
             S3Act::SelfClose => self.at(act).closed = true,
-            S3Act::CatchUp | S3Act::Verify | S3Act::Stand => {}
+            S3Act::CatchUp | S3Act::Verify | S3Act::Stand | S3Act::Serve => {}
         }
         self.done(act)
     }
@@ -371,7 +368,11 @@ impl Group {
         let source = act.site == act.source;
         let here = self.at(act);
         match act.name {
+            ActName::Postgres(PostgresAct::SelfClose) => (here.running, here.closed) = (true, false),
             name if closes(name) => here.closed = false,
+            ActName::Postgres(PostgresAct::FenceClients) if source => {
+                (here.running, here.door) = (true, true)
+            }
             ActName::Postgres(PostgresAct::PreSync) => here.sync = false,
             ActName::Postgres(PostgresAct::Stop) => here.running = true,
             ActName::Kafka(KafkaAct::PrepareReverse) => here.reverse = None,
