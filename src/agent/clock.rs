@@ -47,15 +47,21 @@ impl Gaps {
     /// Tells what happened since the last tick, if it was out of the ordinary.
     pub fn tick(&mut self, now: Time, wall: WallTime) -> Option<String> {
         let passed = now.0.saturating_sub(self.last.0);
-        let shown = i128::from(wall.0) - i128::from(self.wall.0);
+        let off = off((self.last, self.wall), (now, wall));
         self.last = now;
         self.wall = wall;
         if passed > Self::GAP_MS {
             return Some(format!("the host stood still for {passed} ms"));
         }
-        let off = (shown - i128::from(passed)).unsigned_abs();
-        (off > u128::from(Self::JUMP_MS)).then(|| format!("the wall clock jumped by {off} ms"))
+        (off > Self::JUMP_MS).then(|| format!("wall clock and boot clock went apart by {off} ms"))
     }
+}
+
+/// By how many milliseconds wall clock and boot clock went apart between two looks at both.
+pub fn off(from: (Time, WallTime), to: (Time, WallTime)) -> u64 {
+    let passed = i128::from(to.0.0) - i128::from(from.0.0);
+    let shown = i128::from(to.1.0) - i128::from(from.1.0);
+    u64::try_from((shown - passed).unsigned_abs()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -67,7 +73,12 @@ mod tests {
         let mut gaps = Gaps::new(Time(0), WallTime(10_000));
         assert_eq!(gaps.tick(Time(100), WallTime(10_100)), None);
         assert!(gaps.tick(Time(3_000), WallTime(13_000)).is_some_and(|t| t.contains("stood still")));
-        assert!(gaps.tick(Time(3_100), WallTime(9_000)).is_some_and(|t| t.contains("jumped")));
+        assert!(gaps.tick(Time(3_100), WallTime(9_000)).is_some_and(|t| t.contains("apart")));
         assert_eq!(gaps.tick(Time(3_200), WallTime(9_100)), None);
+        assert!(
+            gaps.tick(Time(3_300), WallTime(19_200)).is_some(),
+            "set ahead, or the boot clock stood still"
+        );
+        assert!(gaps.tick(Time(1_000), WallTime(19_300)).is_some(), "the boot clock was set back");
     }
 }

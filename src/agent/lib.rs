@@ -5,12 +5,13 @@
 //! close. Only `execute` changes a plane. Everything here may die at any line: what is
 //! to be done is read off the log again.
 
+pub mod book;
 pub mod clock;
 pub mod control;
 mod desk;
 pub mod duty;
 pub mod execute;
-mod lead;
+pub mod lead;
 pub mod lease;
 mod look;
 pub mod peer;

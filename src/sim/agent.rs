@@ -1,11 +1,14 @@
-//! One site's agent: what it decides is the product's own (`dc_agent::duty`, `dc_core::lease`);
-//! what moves it - ticks, tasks, deaths - is made here, as the running agent does it.
+//! One site's agent: what it decides is the product's own (`dc_agent`'s duty, book, clock and
+//! lead); what moves it - ticks, tasks, deaths - is made here, as the running agent does it.
 
 use std::collections::BTreeMap;
 
+use dc_agent::book::{Book, Kept};
+use dc_agent::clock::Gaps;
 use dc_agent::duty::{Intent, Upkeep, intents, may_open, upkeep};
+use dc_agent::lead::Sayings;
 use dc_core::ids::{GroupName, PlaneKind, RunId, SiteId};
-use dc_core::lease::{OwnLease, Profile, Renewal, Watch};
+use dc_core::lease::{OwnLease, Profile, Renewal};
 use dc_core::plan::StepId;
 use dc_core::registry::{Command, Entry, Registry};
 use dc_core::run::Trouble;
@@ -13,14 +16,11 @@ use dc_core::time::{Time, WallTime};
 use dc_plane::fake::Fakes;
 
 use crate::dice::Dice;
-use crate::host::{Disk, TICK_MS};
-use crate::lead::Lead;
+use crate::host::Disk;
 use crate::log::Log;
 use crate::sin::Sin;
 use crate::work::{Polled, Task, Work};
 
-/// Largest gap between two looks at the clock that is no reason to close.
-const GAP_MS: u64 = 2_000;
 /// Ticks between two upkeeps.
 const UPKEEP: u64 = 20;
 
@@ -30,8 +30,10 @@ pub struct Lent<'a> {
     pub tick: u64,
     /// This host's clock.
     pub now: Time,
+    /// This host's wall clock.
+    pub wall: WallTime,
     /// Which boot of the host.
-    pub boot: u64,
+    pub boot: &'a str,
     /// This host's disk.
     pub disk: &'a mut Disk,
     /// Whether the others can be reached.
@@ -77,20 +79,15 @@ pub struct Agent {
     /// Whether everything committed before this process began is applied.
     pub caught_up: bool,
     barrier: Option<usize>,
-    session: u64,
-    number: u64,
     renew_at: Time,
-    /// Its own lease.
-    pub lease: OwnLease,
-    /// What it knows of the others'.
-    pub watch: Watch,
-    inherited: Option<Time>,
-    looked: Time,
+    /// What it knows of leases.
+    pub book: Book,
+    gaps: Gaps,
     tasks: BTreeMap<PlaneKind, Task>,
     answers: BTreeMap<(RunId, StepId), Answer>,
     upkeep_at: BTreeMap<PlaneKind, u64>,
     reopened: BTreeMap<PlaneKind, bool>,
-    lead: Lead,
+    sayings: Sayings,
 }
 
 impl Agent {
@@ -100,71 +97,65 @@ impl Agent {
         for at in 0..lent.disk.applied {
             lent.log.apply_to(&mut registry, at);
         }
-        let kept = lent.disk.lease;
         let sinful = lent.sin == Some(Sin::RestartKeepsLease);
-        let inherited = kept.filter(|(boot, _)| *boot == lent.boot || sinful).map(|(_, until)| until);
-        let mut lease = OwnLease::default();
+        let inherited = lent.disk.lease.as_ref().and_then(|kept| {
+            if sinful { Some(kept.until) } else { kept.until(lent.boot, lent.now, lent.wall) }
+        });
+        let mut book = Book::new(me.clone(), profile, inherited);
         if let (true, Some(until)) = (sinful, inherited) {
             let old = Renewal { session: 0, number: 1 };
-            lease.sent(old, Time(until.0.saturating_sub(dc_core::time::millis(profile.hold))));
-            lease.applied(old, &profile);
+            book.own.sent(old, Time(until.0.saturating_sub(dc_core::time::millis(profile.hold))));
+            book.own.applied(old, &profile);
         }
         Self {
-            me: me.clone(),
+            me,
             group,
             profile,
             registry,
             applied: lent.disk.applied,
             caught_up: lent.sin == Some(Sin::NoBarrier),
             barrier: None,
-            session: 0,
-            number: 0,
             renew_at: lent.now,
-            lease,
-            watch: Watch::default(),
-            inherited,
-            looked: lent.now,
+            book,
+            gaps: Gaps::new(lent.now, lent.wall),
             tasks: BTreeMap::new(),
             answers: BTreeMap::new(),
             upkeep_at: BTreeMap::new(),
             reopened: BTreeMap::new(),
-            lead: Lead::new(me, profile),
+            sayings: Sayings::new(profile),
         }
     }
 
     /// One tick. Returns the acts that ended in it and are not answered yet.
     pub fn tick(&mut self, lent: &mut Lent<'_>, leads: bool) -> Vec<Performed> {
-        self.look_at_clock(lent.now);
+        self.look_at_clock(lent);
         self.catch_up(lent);
         self.renew(lent);
         self.answer(lent);
         let performed = self.work(lent);
         if leads && lent.connected {
-            for entry in self.lead.entries(&self.registry, &self.watch, lent.now) {
+            for entry in self.sayings.entries(&self.registry, self.book.watch(), lent.now) {
                 self.propose(lent, entry);
             }
         } else {
-            self.lead.step_down();
+            self.sayings.step_down();
         }
         performed
     }
 
     fn propose(&self, lent: &mut Lent<'_>, entry: Entry) {
-        let command =
-            Command { by: format!("agent/{}", self.me), wall: WallTime(lent.tick * TICK_MS), entry };
+        let command = Command { by: format!("agent/{}", self.me), wall: lent.wall, entry };
         if lent.connected {
             lent.log.propose(lent.tick, command, lent.dice);
         }
     }
 
     /// Closes first and asks after, when the clock jumped or the host stood still.
-    fn look_at_clock(&mut self, now: Time) {
-        if now.0.saturating_sub(self.looked.0) > GAP_MS {
-            self.lease.forget();
-            self.inherited = None;
-            self.watch.restart(now);
+    fn look_at_clock(&mut self, lent: &Lent<'_>) {
+        let seen = self.gaps.tick(lent.now, lent.wall);
+        if seen.is_some() && lent.sin != Some(Sin::IgnoresJump) {
+            self.book.give_up(lent.now);
         }
-        self.looked = now;
     }
 
     fn catch_up(&mut self, lent: &mut Lent<'_>) {
@@ -190,22 +181,15 @@ impl Agent {
     }
 
     fn follow_leases(&mut self, lent: &mut Lent<'_>) {
-        for (site, renewal) in &self.registry.sites {
-            self.watch.applied(site, *renewal, lent.now);
-        }
-        let Some(mine) = self.registry.sites.get(&self.me).filter(|r| r.session == self.session) else {
-            return;
-        };
+        let Some(mine) = self.book.applied(&self.registry, lent.now) else { return };
         if lent.sin == Some(Sin::LeaseFromAck) {
-            let mut late = OwnLease::default();
-            late.sent(*mine, lent.now);
-            late.applied(*mine, &self.profile);
-            self.lease = late;
-        } else {
-            self.lease.applied(*mine, &self.profile);
+            self.book.own = OwnLease::default();
+            self.book.own.sent(mine, lent.now);
+            self.book.own.applied(mine, &self.profile);
         }
-        if let Some(left) = self.lease.left(lent.now) {
-            lent.disk.lease = Some((lent.boot, lent.now.plus(left)));
+        if let Some(left) = self.book.left(lent.now) {
+            let (boot, until) = (lent.boot.to_owned(), lent.now.plus(left));
+            lent.disk.lease = Some(Kept { boot, until, at: lent.now, wall: lent.wall });
         }
     }
 
@@ -213,21 +197,12 @@ impl Agent {
         if !self.caught_up || lent.now < self.renew_at {
             return;
         }
-        if self.session == 0 {
-            let known = self.registry.sites.get(&self.me).map_or(0, |r| r.session);
-            self.session = (((known >> 20) + 1) << 20) | lent.dice.between(0, (1 << 20) - 1);
+        if !self.book.is_open() {
+            self.book.open(&self.registry, lent.dice.roll());
         }
-        self.number += 1;
-        let renewal = Renewal { session: self.session, number: self.number };
-        self.lease.sent(renewal, lent.now);
+        let renewal = self.book.send(lent.now);
         self.renew_at = lent.now.plus(self.profile.renew);
         self.propose(lent, Entry::Renew { site: self.me.clone(), renewal });
-    }
-
-    /// Whether this site has to close, now or because it has no lease at all.
-    fn closing(&self, now: Time) -> bool {
-        let inherited = self.inherited.is_some_and(|until| until > now.plus(self.profile.lead));
-        self.lease.closing(now, &self.profile) && !inherited
     }
 
     /// Sends answers until the applied state shows them.
@@ -288,13 +263,13 @@ impl Agent {
 
     /// Keeps a plane as it should be between runs.
     fn keep(&mut self, plane: PlaneKind, lent: &mut Lent<'_>) {
-        let closing = self.closing(lent.now);
+        let closing = self.book.closing(lent.now);
         let due = self.upkeep_at.entry(plane).or_insert(lent.tick);
         if *due > lent.tick {
             return;
         }
         *due = lent.tick + UPKEEP;
-        let lease = self.lease.left(lent.now);
+        let lease = self.book.left(lent.now);
         let wanted = upkeep(&self.registry, &self.group, plane, &self.me, lease, closing);
         if !self.caught_up && wanted != Upkeep::Close {
             return;
@@ -326,7 +301,7 @@ impl Agent {
                 && lent.sin != Some(Sin::OpenBeforeOpened)
                 && lent.sin != Some(Sin::NoBarrier)
                 && !task.begun
-                && !may_open(&self.registry, intent, &self.me, self.lease.left(lent.now))
+                && !may_open(&self.registry, intent, &self.me, self.book.left(lent.now))
             {
                 if lent.now >= task.until {
                     let trouble = Trouble { code: "DC-0217".into(), text: "has no lease".into() };

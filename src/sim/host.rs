@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 
+use dc_agent::book::Kept;
 use dc_core::ids::{PlaneKind, SiteId, Token};
-use dc_core::time::Time;
+use dc_core::time::{Time, WallTime};
 
 use crate::agent::Agent;
 
 /// Milliseconds of one tick of the world.
 pub const TICK_MS: u64 = 50;
+/// What wall clocks show when the world begins.
+const DAWN_MS: u64 = 1_700_000_000_000;
 
 /// What survives the agent.
 #[derive(Debug, Clone, Default)]
@@ -19,8 +22,8 @@ pub struct Disk {
     pub tokens: BTreeMap<PlaneKind, Token>,
     /// Planes that closed themselves.
     pub closed: BTreeMap<PlaneKind, bool>,
-    /// When the lease ends, and in which boot.
-    pub lease: Option<(u64, Time)>,
+    /// When the lease ends, and by which clock.
+    pub lease: Option<Kept>,
 }
 
 /// A host.
@@ -44,7 +47,9 @@ pub struct Host {
     booted: u64,
     base: u64,
     drift_ppm: i64,
-    jumped: u64,
+    jumped: i64,
+    /// How far its wall clock is off.
+    wall_off: i64,
 }
 
 impl Host {
@@ -63,6 +68,7 @@ impl Host {
             base,
             drift_ppm,
             jumped: 0,
+            wall_off: 0,
         }
     }
 
@@ -70,12 +76,30 @@ impl Host {
     pub fn now(&self, tick: u64) -> Time {
         let passed = (tick - self.booted) * TICK_MS;
         let off = i64::try_from(passed).unwrap_or(i64::MAX / 2) / 1000 * self.drift_ppm / 1000;
-        Time((self.base + passed + self.jumped).saturating_add_signed(off))
+        Time((self.base + passed).saturating_add_signed(self.jumped).saturating_add_signed(off))
+    }
+
+    /// Its wall clock: goes on through everything, unless somebody sets it.
+    pub fn wall(&self, tick: u64) -> WallTime {
+        WallTime((DAWN_MS + tick * TICK_MS).saturating_add_signed(self.wall_off))
     }
 
     /// Its clock jumps ahead.
     pub fn jump(&mut self, by_ms: u64) {
-        self.jumped += by_ms;
+        self.jumped = self.jumped.saturating_add_unsigned(by_ms);
+    }
+
+    /// Somebody sets its wall clock.
+    pub fn set_wall(&mut self, by_ms: i64) {
+        self.wall_off += by_ms;
+    }
+
+    /// The whole host is stopped with its clock, as a virtual one is; its wall clock is put
+    /// right when it goes on.
+    pub fn pause(&mut self, tick: u64, span: u64) {
+        let more = (tick + span).saturating_sub(self.frozen_until.max(tick));
+        self.frozen_until = self.frozen_until.max(tick + span);
+        self.jumped = self.jumped.saturating_sub_unsigned(more * TICK_MS);
     }
 
     /// The agent's process ends where it stands; `reboot` ends the host with it.

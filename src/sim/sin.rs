@@ -25,6 +25,8 @@ pub enum Sin {
     NoBarrier,
     /// A lease is counted from when its renewal was applied.
     LeaseFromAck,
+    /// An agent goes on when its clock jumped or its host stood still.
+    IgnoresJump,
     /// A drain believes its link.
     DrainWithoutLooking,
     /// A return is accepted after `Opened`.

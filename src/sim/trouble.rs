@@ -21,6 +21,10 @@ pub enum Fault {
     Freeze(SiteId, u64),
     /// The host's clock jumps ahead by so many milliseconds.
     Jump(SiteId, u64),
+    /// Somebody sets the host's wall clock by so many milliseconds.
+    SetWall(SiteId, i64),
+    /// The host stands still for so many ticks, and its clock with it.
+    Pause(SiteId, u64),
     /// The leader loses its office; no other has it for so many ticks.
     Vacancy(u64),
     /// A plane's replication is broken for so many ticks.
@@ -79,7 +83,7 @@ pub fn by_chance(dice: &mut Dice, sites: &[SiteId], planes: &[PlaneKind]) -> Opt
     }
     let site = dice.one(sites)?.clone();
     let back = dice.between(10, 200);
-    Some(match dice.between(0, 19) {
+    Some(match dice.between(0, 21) {
         0..=4 => Fault::Kill(site, back),
         5 => Fault::Reboot(site, back),
         6 => Fault::LoseDisk(site, back),
@@ -88,7 +92,9 @@ pub fn by_chance(dice: &mut Dice, sites: &[SiteId], planes: &[PlaneKind]) -> Opt
         12 => Fault::Freeze(site, dice.between(20, 400)),
         13 => Fault::Jump(site, dice.between(3_000, 20_000)),
         14..=16 => Fault::Vacancy(dice.between(20, 80)),
-        17 | 18 => Fault::Unlink(*dice.one(planes)?, dice.between(20, 600)),
+        17 => Fault::SetWall(site, i64::try_from(dice.between(0, 7_200_000)).unwrap_or(0) - 3_600_000),
+        18 => Fault::Pause(site, dice.between(20, 400)),
+        19 | 20 => Fault::Unlink(*dice.one(planes)?, dice.between(20, 600)),
         _ => Fault::Breaks(dice.between(20, 100)),
     })
 }

@@ -295,6 +295,8 @@ impl World {
             Fault::Cut(site, span) => self.with(&site, |h| h.cut_until = now + span),
             Fault::Freeze(site, span) => self.with(&site, |h| h.frozen_until = now + span),
             Fault::Jump(site, by) => self.with(&site, |h| h.jump(by)),
+            Fault::SetWall(site, by) => self.with(&site, |h| h.set_wall(by)),
+            Fault::Pause(site, span) => self.with(&site, |h| h.pause(now, span)),
         }
     }
 
@@ -311,10 +313,12 @@ impl World {
             return Vec::new();
         }
         let breaks = self.breaks_until > self.tick;
+        let boot = host.boot.to_string();
         let mut lent = Lent {
             tick: self.tick,
             now: host.now(self.tick),
-            boot: host.boot,
+            wall: host.wall(self.tick),
+            boot: &boot,
             disk: &mut host.disk,
             connected: host.cut_until <= self.tick,
             lag: host.lag,
@@ -407,7 +411,7 @@ impl World {
         let newest = self.log.truth.sites.get(site).copied();
         self.hosts.values().filter(|h| h.site != *site && h.frozen_until <= self.tick).any(|voter| {
             let now = voter.now(self.tick);
-            let over = voter.agent.as_ref().and_then(|a| a.watch.expired(site, now, &self.profile));
+            let over = voter.agent.as_ref().and_then(|a| a.book.watch().expired(site, now, &self.profile));
             over.is_some() && over == newest
         })
     }

@@ -207,6 +207,45 @@ fn notices_a_lease_counted_from_its_answer() {
     assert!(seen.contains("lease_covers_writers"), "{seen}");
 }
 
+fn stood_still(seed: u64) -> World {
+    let world = World::seeded(seed).unwrap().orders(Vec::new());
+    world.at(400, Fault::Pause(site("rome"), 260)).at(402, Fault::Cut(site("rome"), 900))
+}
+
+fn voter_jumped(seed: u64) -> World {
+    World::seeded(seed).unwrap().orders(Vec::new()).at(400, Fault::Jump(site("oslo"), 12_000))
+}
+
+#[test]
+fn notices_a_holder_that_goes_on_after_it_stood_still() {
+    legal(&stood_still(0).run(), "stood still");
+    let seen = first_violation(Sin::IgnoresJump, (0..20).map(stood_still));
+    assert!(seen.contains("lease_covers_writers"), "{seen}");
+}
+
+#[test]
+fn notices_a_voter_whose_clock_jumped_and_that_counts_on() {
+    legal(&voter_jumped(0).run(), "voter jumped");
+    let seen = first_violation(Sin::IgnoresJump, (0..20).map(voter_jumped));
+    assert!(seen.contains("lease_covers_writers"), "{seen}");
+}
+
+#[test]
+fn a_jump_of_any_clock_either_way_ends_legally() {
+    let hour = 3_600_000;
+    for name in ["rome", "fra", "oslo"] {
+        for by in [hour, -hour, 700, -700] {
+            let faults = [Fault::SetWall(site(name), by), Fault::Jump(site(name), by.unsigned_abs())];
+            for fault in faults {
+                for at in [300, 420] {
+                    let world = World::seeded(5).unwrap().at(at, fault.clone());
+                    legal(&world.run(), &format!("{fault:?} at {at}"));
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn notices_a_drain_that_only_believes() {
     let seen = first_violation(Sin::DrainWithoutLooking, seeds(&[Order::Move]));
