@@ -371,7 +371,7 @@ impl Group {
             ActName::Postgres(PostgresAct::SelfClose) => (here.running, here.closed) = (true, false),
             name if closes(name) => here.closed = false,
             ActName::Postgres(PostgresAct::FenceClients) if source => {
-                (here.running, here.door) = (true, true)
+                (here.running, here.door) = (true, true);
             }
             ActName::Postgres(PostgresAct::PreSync) => here.sync = false,
             ActName::Postgres(PostgresAct::Stop) => here.running = true,

@@ -191,7 +191,14 @@ impl Local {
 
     async fn leave_recovery(&self, until: Deadline) -> Result<(), PlaneError> {
         let postmaster = self.running()?;
-        self.own.one(until, "ask for the promotion", "select pg_promote(false)", &[]).await?;
+        if let Err(why) = self.own.one(until, "ask for the promotion", "select pg_promote(false)", &[]).await
+        {
+            let row =
+                self.own.one(until, "read the role", "select pg_is_in_recovery() as still", &[]).await?;
+            if db::get::<bool>(&row, "still")? {
+                return Err(why);
+            } // an attempt before this one got through meanwhile
+        }
         let client = self.own.client(until).await?;
         let mut nudged = tokio::time::Instant::now();
         wait_until(until, LOOK_EVERY, "the standby leaves recovery", || {
