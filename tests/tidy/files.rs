@@ -69,6 +69,7 @@ fn the_house_speaks_of_itself_alone() {
         ["npm", "js"],
         ["TO", "DO:"],
         ["FIX", "ME"],
+        ["@@", "RES"],
     ];
     let words: Vec<String> = words.iter().map(|parts| parts.concat()).collect();
     let mut faults = Vec::new();

@@ -153,3 +153,27 @@ fn only_the_hands_change_a_plane() {
     }
     none(&faults, "agent/execute.rs alone calls what changes a plane");
 }
+
+/// What `deny.toml` says of crates, also where cargo-deny is not installed.
+#[test]
+fn one_crypto_provider_and_one_source_of_crates() {
+    let lock: Table = read("Cargo.lock").unwrap().parse().unwrap();
+    let packages: Vec<&Table> =
+        lock["package"].as_array().unwrap().iter().filter_map(Value::as_table).collect();
+    let name = |p: &Table| p["name"].as_str().unwrap_or_default().to_owned();
+    let mut faults = Vec::new();
+    for package in &packages {
+        if name(package).starts_with("aws-lc") || name(package) == "native-tls" {
+            faults.push(format!("{}: a second provider", name(package)));
+        }
+        if package.get("source").and_then(Value::as_str).is_some_and(|s| !s.starts_with("registry+")) {
+            faults.push(format!("{}: not from the registry", name(package)));
+        }
+        let needs = package.get("dependencies").and_then(Value::as_array).into_iter().flatten();
+        let openssl = needs.filter_map(Value::as_str).any(|d| d == "openssl-sys");
+        if openssl && name(package) != "rdkafka-sys" {
+            faults.push(format!("{}: names openssl-sys, which librdkafka alone may", name(package)));
+        }
+    }
+    none(&faults, "one crypto provider, ring; every crate from the registry");
+}
