@@ -1,6 +1,7 @@
 //! Our own processes, run as an operator would run them: certificates, three agents, the group, and moves by the
 //! command line. Everything the lab knows of the product goes through its binaries.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -234,19 +235,21 @@ pub async fn publish(world: &World, dir: &Path) -> Result<String> {
     switch(world, &["dags", "publish", &dir.to_string_lossy(), "--output", "json"]).await
 }
 
-/// Peak resident memory of our own processes at a site, in MiB.
-pub fn memory(world: &World, site: Site) -> std::collections::BTreeMap<String, u64> {
-    let mut found = std::collections::BTreeMap::new();
-    if let Some(kib) = world.pid(&name(site)).and_then(|pid| process::rss_kib(pid, true)) {
-        found.insert("dc-agent".to_string(), kib.div_ceil(1024));
-    }
-    let dir = world.dir(&site).display().to_string();
-    let guardians = process::living(&world.root, world.owner)
-        .into_iter()
-        .filter(|l| l.contains("dc-guardian") && l.contains(&dir));
-    let pids = guardians.filter_map(|l| l.split(' ').next()?.parse().ok());
-    if let Some(kib) = pids.filter_map(|pid| process::rss_kib(pid, true)).max() {
-        found.insert("dc-guardian".to_string(), kib.div_ceil(1024));
+/// Peak resident memory of our own processes in MiB: by program, then by site.
+pub fn memory(world: &World) -> BTreeMap<&'static str, BTreeMap<&'static str, u64>> {
+    let mut found: BTreeMap<_, BTreeMap<_, _>> = BTreeMap::new();
+    let living = process::living(&world.root, world.owner);
+    for site in SITES {
+        let agent = world.pid(&name(site)).and_then(|pid| process::rss_kib(pid, true));
+        let dir = world.dir(&site).display().to_string();
+        let guardians = living.iter().filter(|l| l.contains("dc-guardian") && l.contains(&dir));
+        let pids = guardians.filter_map(|l| l.split(' ').next()?.parse().ok());
+        let guardian = pids.filter_map(|pid| process::rss_kib(pid, true)).max();
+        for (program, kib) in [("dc-agent", agent), ("dc-guardian", guardian)] {
+            if let Some(kib) = kib {
+                found.entry(program).or_default().insert(site.name, kib.div_ceil(1024));
+            }
+        }
     }
     found
 }

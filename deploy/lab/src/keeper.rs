@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
+use std::ops::RangeInclusive;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,7 +15,12 @@ use tokio::process::Command;
 
 use crate::process;
 use crate::proxy;
-use crate::world::{DATA_SITES, Site, World, port};
+use crate::world::{DATA_SITES, SITES, Site, World, port};
+
+/// Numbers of labs: N of 127.N.site.1.
+const NUMBERS: RangeInclusive<u8> = 1..=250;
+/// How often a keeper looks whether its lab is still there.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// A lab number with the lock that keeps it.
 pub struct Number {
@@ -30,7 +36,7 @@ pub struct Number {
 pub fn take_number(wanted: Option<u8>) -> Result<Number> {
     let shared = Path::new("/run/lock");
     let dir = if shared.is_dir() { shared.to_path_buf() } else { std::env::temp_dir() };
-    let range = wanted.map_or(1..=250, |n| n..=n);
+    let range = wanted.map_or(NUMBERS, |n| n..=n);
     for number in range {
         let lock = open_lock(&dir.join(format!("dc-lab-{number}.lock")))?;
         if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
@@ -61,10 +67,19 @@ fn open_lock(path: &Path) -> Result<fs::File> {
     }
 }
 
+/// Is there a number whose addresses are free?
+pub fn has_room() -> bool {
+    NUMBERS.into_iter().any(ports_free)
+}
+
+/// Nobody listens on the ports of a site, at the three sites, nor on those of the links between two.
 fn ports_free(number: u8) -> bool {
     let free =
-        |site: u8, port: u16| TcpListener::bind(SocketAddr::from(([127, number, site, 1], port))).is_ok();
-    (1..=3).all(|site| port::ALL.iter().all(|p| free(site, *p)))
+        |site: u8, port: &u16| TcpListener::bind(SocketAddr::from(([127, number, site, 1], *port))).is_ok();
+    let [one, other] = DATA_SITES.map(|s| s.index);
+    let links = [one * 10 + other, other * 10 + one];
+    SITES.iter().all(|site| port::ALL.iter().all(|p| free(site.index, p)))
+        && links.iter().all(|link| port::LINKED.iter().all(|p| free(*link, p)))
 }
 
 /// Starts the keeper and waits until its links listen. It keeps the lock as its standard input.
@@ -87,7 +102,8 @@ pub async fn spawn(world: &World, number: Number) -> Result<()> {
     Ok(())
 }
 
-/// The keeper itself: runs the links of every directed pair of data sites until SIGTERM.
+/// The keeper itself: runs the links of every directed pair of data sites until SIGTERM, or until the lab's files have
+/// been removed: then nobody would find it to end it.
 pub async fn keep(world: &World) -> Result<()> {
     let pairs: [(Site, Site); 2] = [(DATA_SITES[0], DATA_SITES[1]), (DATA_SITES[1], DATA_SITES[0])];
     if !world.delay.is_zero() {
@@ -101,6 +117,32 @@ pub async fn keep(world: &World) -> Result<()> {
         }
     }
     let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    term.recv().await;
+    let removed = async {
+        while world.exists() {
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    tokio::select! {
+        _ = term.recv() => {}
+        () = removed => {}
+    }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn takes_no_number_on_whose_ports_somebody_listens() -> std::io::Result<()> {
+        const NUMBER: u8 = 251; // of no lab
+        assert!(ports_free(NUMBER));
+        for address in [[127, NUMBER, 1, 1], [127, NUMBER, 12, 1], [127, NUMBER, 21, 1]] {
+            let held = TcpListener::bind(SocketAddr::from((address, port::LINKED[0])))?;
+            assert!(!ports_free(NUMBER), "{address:?}");
+            drop(held);
+        }
+        assert!(ports_free(NUMBER));
+        Ok(())
+    }
 }

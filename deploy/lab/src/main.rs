@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 
 use oracle::Verdict;
@@ -194,9 +194,27 @@ struct Down {
     purge: bool,
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+/// A thread that is still busy once all is told is not waited for any longer.
+const REST: Duration = Duration::from_secs(2);
+
+fn main() -> ExitCode {
+    let command = Cli::parse().command;
+    let done = tokio::runtime::Runtime::new().context("start").and_then(|runtime| {
+        let done = runtime.block_on(perform(command));
+        runtime.shutdown_timeout(REST);
+        done
+    });
+    match done {
+        Ok(verdict) => ExitCode::from(verdict.code()),
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::from(Verdict::Invalid.code()) // what was not carried out proves nothing
+        }
+    }
+}
+
+async fn perform(command: Cmd) -> Result<Verdict> {
+    match command {
         Cmd::Run(run) => run::run(&order(&run)).await,
         Cmd::Parts(Parts::Up(up)) => parts_up(&up).await.map(|()| Verdict::Pass),
         Cmd::Parts(Parts::Down(down)) | Cmd::Down(down) => take_down(&down).await.map(|()| Verdict::Pass),
@@ -209,15 +227,6 @@ async fn main() -> ExitCode {
         Cmd::Crashes(crashes) => crashes::play(&game(&crashes)).await,
         Cmd::Bench(measure) => bench::switchover(&measured(&measure)).await,
         Cmd::Keeper { root } => keep(&root).await.map(|()| Verdict::Pass),
-    };
-    match done {
-        Ok(Verdict::Pass) => ExitCode::SUCCESS,
-        Ok(Verdict::Fail) => ExitCode::from(1),
-        Ok(Verdict::Invalid) => ExitCode::from(2),
-        Err(e) => {
-            eprintln!("error: {e:#}");
-            ExitCode::from(1)
-        }
     }
 }
 

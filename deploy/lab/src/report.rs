@@ -29,8 +29,8 @@ pub struct Report {
     pub parts: BTreeMap<String, String>,
     /// One per move.
     pub moves: Vec<Move>,
-    /// Peak resident memory of our own processes, per site, in MiB.
-    pub rss_mib: BTreeMap<String, BTreeMap<String, u64>>,
+    /// Peak resident memory of our own processes, in MiB: by program, then by site.
+    pub rss_mib: BTreeMap<&'static str, BTreeMap<&'static str, u64>>,
     /// Where the time went, in seconds.
     pub wall_s: BTreeMap<&'static str, f64>,
 }
@@ -96,6 +96,27 @@ const SCHEDULER_MS: f64 = 5_000.0;
 const AGENT_MIB: u64 = 60;
 
 impl Report {
+    /// Of a lab in which nothing happened.
+    pub fn empty() -> Report {
+        Report {
+            schema: "dc-lab/report/v1",
+            verdict: Verdict::Pass,
+            reasons: Vec::new(),
+            partial: true,
+            settings: Settings {
+                profile: "none",
+                sabotage: None,
+                delay_ms: 0,
+                timing: true,
+                load: BTreeMap::new(),
+            },
+            parts: BTreeMap::new(),
+            moves: Vec::new(),
+            rss_mib: BTreeMap::new(),
+            wall_s: BTreeMap::new(),
+        }
+    }
+
     /// The report for people.
     pub fn text(&self) -> String {
         let mut t = String::from("\n");
@@ -112,18 +133,16 @@ impl Report {
                 against(*median, OUTAGE_MS, "ms")
             );
         }
-        for (site, of) in &self.rss_mib {
-            let shown: Vec<String> = of
-                .iter()
-                .map(|(name, mib)| {
-                    if name == "dc-agent" && *mib > AGENT_MIB {
-                        format!("{name} {mib} MiB MISSED ({AGENT_MIB})")
-                    } else {
-                        format!("{name} {mib} MiB")
-                    }
-                })
-                .collect();
-            let _ = writeln!(t, "memory at {site}: {}", shown.join(", "));
+        for (program, of) in &self.rss_mib {
+            let missed = |mib: u64| *program == "dc-agent" && mib > AGENT_MIB;
+            let shown = |(site, mib): (&&str, &u64)| {
+                format!(
+                    "{site} {mib} MiB{}",
+                    if missed(*mib) { format!(" MISSED ({AGENT_MIB})") } else { String::new() }
+                )
+            };
+            let shown: Vec<String> = of.iter().map(shown).collect();
+            let _ = writeln!(t, "memory of {program}: {}", shown.join(", "));
         }
         let parts: Vec<String> = self.parts.iter().map(|(k, v)| format!("{k} {v}")).collect();
         let _ = writeln!(t, "parts: {}", parts.join(", "));
@@ -219,5 +238,72 @@ impl Move {
         if !shown.is_empty() {
             let _ = writeln!(t, "  slowest step of each stage: {}", shown.join(", "));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn keys(of: &Value) -> Vec<&str> {
+        of.as_object().map(|o| o.keys().map(String::as_str).collect()).unwrap_or_default()
+    }
+
+    /// Names that scripts read, as they were agreed on.
+    const WHOLE: [&str; 8] =
+        ["schema", "verdict", "reasons", "settings", "parts", "moves", "rss_mib", "wall_s"];
+    const SETTINGS: [&str; 4] = ["profile", "sabotage", "delay_ms", "load"];
+    const MOVE: [&str; 15] = [
+        "from",
+        "to",
+        "run",
+        "result",
+        "outage_ms",
+        "drain_ms",
+        "scheduler_live_ms",
+        "steps",
+        "acked",
+        "refused",
+        "unknown",
+        "backlog_at_fence",
+        "lost",
+        "duplicated",
+        "overlap_ms",
+    ];
+    /// Names that came later.
+    const MORE: [&str; 4] = ["partial", "timing", "outage_fixed_ms", "groups"];
+
+    #[test]
+    fn keeps_every_name_that_scripts_read() -> Result<(), serde_json::Error> {
+        let rss_mib = BTreeMap::from([
+            ("dc-agent", BTreeMap::from([("rome", 41), ("fra", 40), ("oslo", 30)])),
+            ("dc-guardian", BTreeMap::from([("rome", 3)])),
+        ]);
+        let wall_s = BTreeMap::from([("install", 1.0), ("build", 2.0), ("start", 3.0), ("moves", 4.0)]);
+        let report = Report { moves: vec![Move::default()], rss_mib, wall_s, ..Report::empty() };
+        let told = serde_json::to_value(&report)?;
+        for (of, names) in
+            [(&told, &WHOLE[..]), (&told["settings"], &SETTINGS[..]), (&told["moves"][0], &MOVE[..])]
+        {
+            let found = keys(of);
+            assert!(names.iter().all(|n| found.contains(n)), "{names:?} in {found:?}");
+            assert!(
+                found.iter().all(|k| names.contains(k) || MORE.contains(k)),
+                "{found:?} beside {names:?}"
+            );
+        }
+        assert_eq!(told["schema"], "dc-lab/report/v1");
+        assert_eq!(told["verdict"], "pass");
+        assert_eq!(told["rss_mib"]["dc-agent"], json!({"rome": 41, "fra": 40, "oslo": 30}));
+        assert_eq!(keys(&told["wall_s"]), ["build", "install", "moves", "start"]);
+        Ok(())
+    }
+
+    #[test]
+    fn marks_an_agent_that_is_larger_than_it_may_be() {
+        let rss_mib = BTreeMap::from([("dc-agent", BTreeMap::from([("rome", 61), ("fra", 60)]))]);
+        let text = Report { rss_mib, ..Report::empty() }.text();
+        assert!(text.contains("memory of dc-agent: fra 60 MiB, rome 61 MiB MISSED (60)"), "{text}");
     }
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::history::now_ns;
 use crate::judge::{Judge, least, least_runs};
@@ -14,8 +15,11 @@ use crate::load::{Load, Shared, airflow, s3};
 use crate::oracle::{self, Reason, Verdict, Window};
 use crate::releases::{self, Releases};
 use crate::report::{Move, Report, Settings};
-use crate::world::{FRA, Plane, ROME, SITES, Site, World};
+use crate::world::{FRA, Plane, ROME, Site, World};
 use crate::{agents, parts, prereq, process};
+
+/// How long the processes of a lab that is no longer wanted may end one after another.
+const END_SOON: Duration = Duration::from_secs(15);
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -49,7 +53,7 @@ pub async fn run(order: &Order) -> Result<Verdict> {
 
 /// As [`run`], returning the report.
 pub async fn perform(order: &Order) -> Result<Report> {
-    prereq::check(order.planes.len() == Plane::ALL.len())?;
+    prereq::check(&order.name, order.planes.len() == Plane::ALL.len())?;
     let passed = |report: &Report| report.verdict == Verdict::Pass;
     inside(order, passed, async |world| {
         let report = drive(world, order).await?;
@@ -67,10 +71,16 @@ pub async fn inside<T>(
     passed: impl Fn(&T) -> bool,
     work: impl AsyncFnOnce(&World) -> Result<T>,
 ) -> Result<T> {
+    let mut wish = Wish::hear()?; // from now on nothing is left behind
     let world = fresh(order).await?;
     let done = tokio::select! {
-        done = Box::pin(work(&world)) => done,
-        () = interrupted() => Err(anyhow::anyhow!("interrupted")),
+        done = Box::pin(work(&world)) => Some(done),
+        () = wish.told() => None,
+    };
+    let Some(done) = done else {
+        eprintln!("ending lab {}; its files stay in {}", world.name, world.root.display());
+        end_soon(&world).await;
+        bail!("interrupted");
     };
     let good = done.as_ref().is_ok_and(passed);
     if !good && order.sabotage.is_none() {
@@ -86,18 +96,35 @@ pub async fn inside<T>(
     Ok(done)
 }
 
-/// Returns when a person or a supervisor wants the lab to end.
-async fn interrupted() {
-    let term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate());
-    let told = async {
-        match term {
-            Ok(mut term) => drop(term.recv().await),
-            Err(_) => std::future::pending().await,
+/// The wish of a person or of a supervisor that the lab end.
+struct Wish {
+    term: Signal,
+    int: Signal,
+}
+
+impl Wish {
+    fn hear() -> Result<Wish> {
+        let hear = |kind| signal(kind).context("hear signals");
+        Ok(Wish { term: hear(SignalKind::terminate())?, int: hear(SignalKind::interrupt())? })
+    }
+
+    async fn told(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
         }
-    };
-    tokio::select! {
-        _ = tokio::signal::ctrl_c() => {}
-        () = told => {}
+    }
+}
+
+/// Ends all of a lab that is no longer wanted: in order while there is time, then whatever is left.
+async fn end_soon(world: &World) {
+    match tokio::time::timeout(END_SOON, end(world, false)).await {
+        Ok(Ok(())) => return,
+        Ok(Err(e)) => eprintln!("  {e:#}"),
+        Err(_) => eprintln!("  its parts have not ended within {END_SOON:?}"),
+    }
+    for line in world.sweep().await {
+        eprintln!("  ended a process that was left: {line}");
     }
 }
 
@@ -129,7 +156,7 @@ async fn drive(world: &World, order: &Order) -> Result<Report> {
     wall.extend(order.build_s.map(|s| ("build", s)));
     let under = begin(world, order, &mut wall).await?;
     let moved = timed("moving", &mut wall, "moves", moves(&under, |made| made < order.moves)).await;
-    let rss_mib = SITES.iter().map(|s| (s.to_string(), agents::memory(world, *s))).collect();
+    let rss_mib = agents::memory(world);
     under.load.stop().await;
     let (rows, mut reasons) = moved?;
     reasons.sort_by_key(|r| std::cmp::Reverse(r.verdict));
@@ -362,21 +389,11 @@ pub async fn still(world: &World, seconds: u64) -> Result<Verdict> {
     load.stop().await;
     let reasons = reasons?;
     let report = Report {
-        schema: "dc-lab/report/v1",
         verdict: oracle::verdict(&reasons),
         reasons,
-        partial: true,
-        settings: Settings {
-            profile: "none",
-            sabotage: None,
-            delay_ms: 0,
-            timing: true,
-            load: BTreeMap::new(),
-        },
         parts: parts::versions(world),
         moves: vec![row],
-        rss_mib: BTreeMap::new(),
-        wall_s: BTreeMap::new(),
+        ..Report::empty()
     };
     eprint!("{}", report.text());
     Ok(report.verdict)

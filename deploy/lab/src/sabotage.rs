@@ -1,5 +1,9 @@
 //! The proof that the oracle can fail: each sabotage of the agents must come out as `fail`, by the check it is about,
 //! and the same lab without it must pass.
+//!
+//! A write that is let in behind the fence and a record that is not carried are told by one check each. Two schedulers
+//! may be caught in four ways, whichever comes first: a task of either site runs while the other's do, starts behind
+//! the fence, runs twice at once, or has run twice in the end.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -12,7 +16,7 @@ use crate::report::Report;
 use crate::run::{self, Order};
 use crate::world::{Plane, World};
 
-/// One sabotage, the planes it needs, and the checks of which one must fail on the plane it attacks.
+/// One sabotage, the planes it needs, and the checks that it names: one of them must fail on the plane it attacks.
 struct Case {
     name: &'static str,
     attacks: Plane,
@@ -21,19 +25,21 @@ struct Case {
 }
 
 const LOST: &[&str] = &["lost"];
-const BOTH: &[&str] = &["overlap", "lost"];
+const OVERLAP: &[&str] = &["overlap"];
+const GROUPS: &[&str] = &["group_reread", "group_skipped"];
+const TWICE: &[&str] = &["overlap", "started_after_fence", "two_copies", "duplicated"];
 
 const CASES: [Case; 9] = [
     Case { name: "postgres:skip-drain", attacks: Plane::Postgres, needs: &[Plane::Postgres], checks: LOST },
-    Case { name: "postgres:skip-fence", attacks: Plane::Postgres, needs: &[Plane::Postgres], checks: BOTH },
-    Case { name: "kafka:skip-drain", attacks: Plane::Kafka, needs: &[Plane::Kafka], checks: LOST },
-    Case { name: "kafka:skip-fence", attacks: Plane::Kafka, needs: &[Plane::Kafka], checks: BOTH },
     Case {
-        name: "kafka:early-offsets",
-        attacks: Plane::Kafka,
-        needs: &[Plane::Kafka],
-        checks: &["group_reread", "group_skipped"],
+        name: "postgres:skip-fence",
+        attacks: Plane::Postgres,
+        needs: &[Plane::Postgres],
+        checks: OVERLAP,
     },
+    Case { name: "kafka:skip-drain", attacks: Plane::Kafka, needs: &[Plane::Kafka], checks: LOST },
+    Case { name: "kafka:skip-fence", attacks: Plane::Kafka, needs: &[Plane::Kafka], checks: OVERLAP },
+    Case { name: "kafka:early-offsets", attacks: Plane::Kafka, needs: &[Plane::Kafka], checks: GROUPS },
     Case {
         name: "kafka:drop-grant-save",
         attacks: Plane::Kafka,
@@ -41,12 +47,12 @@ const CASES: [Case; 9] = [
         checks: &["not_open"],
     },
     Case { name: "s3:skip-drain", attacks: Plane::S3, needs: &[Plane::S3], checks: LOST },
-    Case { name: "s3:skip-fence", attacks: Plane::S3, needs: &[Plane::S3], checks: BOTH },
+    Case { name: "s3:skip-fence", attacks: Plane::S3, needs: &[Plane::S3], checks: OVERLAP },
     Case {
         name: "airflow:double-scheduler",
         attacks: Plane::Airflow,
         needs: &[Plane::Postgres, Plane::S3, Plane::Airflow],
-        checks: &["overlap", "started_after_fence", "duplicated", "two_copies"],
+        checks: TWICE,
     },
 ];
 
@@ -126,5 +132,65 @@ fn order(name: &str, agent: &Path, planes: BTreeSet<Plane>, case: Option<&Case>)
         sabotage: case.map(|c| c.name.to_string()),
         agent: Some(agent.to_path_buf()),
         build_s: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::oracle::{Reason, verdict};
+
+    fn report(reasons: &[(Plane, &'static str, Verdict)]) -> Report {
+        let reason = |(plane, check, verdict): &(Plane, &'static str, Verdict)| Reason {
+            verdict: *verdict,
+            check,
+            plane: Some(*plane),
+            number: 1,
+            text: String::new(),
+        };
+        let reasons: Vec<Reason> = reasons.iter().map(reason).collect();
+        Report { verdict: verdict(&reasons), reasons, ..Report::empty() }
+    }
+
+    fn case(name: &str) -> &'static Case {
+        const ALL: &[Case] = &CASES;
+        ALL.iter().find(|c| c.name == name).unwrap_or(&ALL[0])
+    }
+
+    #[test]
+    fn wants_the_very_check_that_a_sabotage_names() {
+        let fence = case("kafka:skip-fence");
+        let told = |check| as_wanted(Some(fence), &report(&[(Plane::Kafka, check, Verdict::Fail)]));
+        assert!(told("overlap"));
+        assert!(!told("lost"), "another check of the plane");
+        let both = [(Plane::Kafka, "lost", Verdict::Fail), (Plane::Kafka, "overlap", Verdict::Fail)];
+        assert!(as_wanted(Some(fence), &report(&both)));
+    }
+
+    #[test]
+    fn wants_it_on_the_plane_that_is_attacked() {
+        let fence = case("kafka:skip-fence");
+        assert!(!as_wanted(Some(fence), &report(&[(Plane::S3, "overlap", Verdict::Fail)])));
+    }
+
+    #[test]
+    fn takes_no_invalid_run_for_a_failed_one() {
+        let fence = case("kafka:skip-fence");
+        assert!(!as_wanted(Some(fence), &report(&[(Plane::Kafka, "overlap", Verdict::Invalid)])));
+        assert!(!as_wanted(None, &report(&[(Plane::Kafka, "backlog", Verdict::Invalid)])));
+        assert!(!as_wanted(Some(fence), &report(&[])));
+        assert!(as_wanted(None, &report(&[])));
+    }
+
+    #[test]
+    fn names_for_every_case_what_is_told_of_it() {
+        let checks = |name: &str| CASES.iter().find(|c| c.name == name).map(|c| c.checks);
+        for plane in ["postgres", "kafka", "s3"] {
+            assert_eq!(checks(&format!("{plane}:skip-fence")), Some(OVERLAP));
+            assert_eq!(checks(&format!("{plane}:skip-drain")), Some(LOST));
+        }
+        assert_eq!(checks("kafka:early-offsets"), Some(GROUPS));
+        assert_eq!(checks("kafka:drop-grant-save"), Some(&["not_open"][..]));
+        assert_eq!(checks("airflow:double-scheduler"), Some(TWICE));
     }
 }

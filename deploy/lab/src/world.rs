@@ -183,18 +183,24 @@ pub fn base_dir() -> Result<PathBuf> {
     Ok(PathBuf::from(home).join(".local/state/dc-lab"))
 }
 
+/// A lab's name is the name of a folder beside those of other labs and of the parts.
+pub fn check_name(name: &str) -> Result<()> {
+    ensure!(
+        !name.is_empty()
+            && !name.starts_with(['_', '-'])
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)),
+        "lab name {name:?}: letters, digits, - and _ only, not starting with _ or -"
+    );
+    Ok(())
+}
+
 impl World {
     /// Opens the lab of that name, or makes it: takes a free number and keeps it while the lab lives.
     ///
     /// Repeat: an existing lab gets the planes in addition and keeps its number and delay if it runs.
     /// Errors: no free number; the stored number is held by another lab.
     pub async fn create(name: &str, planes: BTreeSet<Plane>, delay: Duration) -> Result<World> {
-        ensure!(
-            !name.is_empty()
-                && !name.starts_with('_')
-                && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)),
-            "lab name {name:?}: letters, digits, - and _ only, not starting with _"
-        );
+        check_name(name)?;
         let base = base_dir()?;
         let owner = owner_of_parts()?;
         let root = base.join(name);
@@ -226,6 +232,7 @@ impl World {
 
     /// Opens the lab of that name as it stands.
     pub fn load(name: &str) -> Result<World> {
+        check_name(name)?;
         World::open(&base_dir()?.join(name))
     }
 
@@ -245,10 +252,15 @@ impl World {
         })
     }
 
+    /// Have its files not been removed?
+    pub fn exists(&self) -> bool {
+        saved_in(&self.root).exists()
+    }
+
     fn save(&self) -> Result<()> {
         let delay_ms = u64::try_from(self.delay.as_millis())?;
         let saved = Saved { number: self.number, delay_ms, planes: self.planes.clone() };
-        self.write(&self.root.join("world.json"), &serde_json::to_string_pretty(&saved)?, 0o644)
+        self.write(&saved_in(&self.root), &serde_json::to_string_pretty(&saved)?, 0o644)
     }
 
     /// The address of a site, without port.
@@ -463,8 +475,12 @@ fn look_up(user: &str) -> Result<Option<(u32, u32)>> {
     Ok(None)
 }
 
+fn saved_in(root: &Path) -> PathBuf {
+    root.join("world.json")
+}
+
 fn read_saved(root: &Path) -> Result<Option<Saved>> {
-    match fs::read_to_string(root.join("world.json")) {
+    match fs::read_to_string(saved_in(root)) {
         Ok(text) => Ok(Some(serde_json::from_str(&text).context("read world.json")?)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e).context("read world.json"),

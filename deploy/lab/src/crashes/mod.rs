@@ -57,7 +57,7 @@ impl Break {
 ///
 /// Errors: the world cannot be built or taken down. What goes wrong in a round is in the table.
 pub async fn play(game: &Game) -> Result<Verdict> {
-    prereq::check(false)?;
+    prereq::check(&game.order.name, false)?;
     println!("seed {}", game.seed);
     run::inside(&game.order, |verdict| *verdict == Verdict::Pass, async |world| drive(world, game).await)
         .await

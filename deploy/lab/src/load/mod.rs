@@ -116,7 +116,7 @@ impl Backlog {
     }
 }
 
-/// A load under way.
+/// A load under way. Its writers end with it, also those in threads of their own, which nobody else could end.
 #[derive(Debug)]
 pub struct Load {
     /// What its writers share.
@@ -163,6 +163,12 @@ impl Load {
         if tokio::time::timeout(Duration::from_secs(20), all).await.is_err() {
             self.tasks.shutdown().await;
         }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.shared.stop.cancel();
     }
 }
 

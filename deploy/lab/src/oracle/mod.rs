@@ -53,6 +53,15 @@ impl Verdict {
             Verdict::Fail => "fail",
         }
     }
+
+    /// Exit code of the lab.
+    pub fn code(self) -> u8 {
+        match self {
+            Verdict::Pass => 0,
+            Verdict::Fail => 1,
+            Verdict::Invalid => 2,
+        }
+    }
 }
 
 impl Serialize for Verdict {
