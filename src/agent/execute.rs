@@ -173,16 +173,15 @@ impl Hands {
     /// None when the token is stale: a newer decision stands, and nothing is said.
     async fn perform(&self, intent: &Intent, place: &Place) -> Option<Result<Evidence, Trouble>> {
         match self.tokens.raise(&place.0, place.1, intent.token) {
-            Ok(Rank::Current) => {}
+            Ok(Rank::Higher | Rank::Same) => {}
             Ok(Rank::Stale(highest)) => {
                 warn!(run = %intent.run, token = %intent.token, %highest, "stale intent not performed");
                 return None;
             }
             Err(cause) => {
-                return Some(Err(trouble(
-                    Code::STALE_ENTRY.as_str(),
-                    &format!("remember the token: {cause}"),
-                )));
+                // Tried again by the run: what the disk does not hold is not begun.
+                let text = format!("not begun, for its token was not remembered on disk: {cause}");
+                return Some(Err(trouble("DC-0222", &text)));
             }
         }
         let plane = match self.shelf.plane(&place.0, place.1) {

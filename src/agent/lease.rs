@@ -166,3 +166,107 @@ fn inherit(file: &Path, boot: &str) -> Option<Time> {
     let kept: Kept = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
     kept.until(boot, now(), wall())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot go on must say so")]
+
+    use dc_core::lease::Renewal;
+
+    use super::*;
+
+    fn keeper(folder: &Path) -> LeaseKeeper {
+        LeaseKeeper::new(SiteId::new("rome").unwrap(), Profile::WAN, folder)
+    }
+
+    /// A keeper that was granted its lease just now.
+    fn granted(folder: &Path) -> LeaseKeeper {
+        let keeper = keeper(folder);
+        grant(&keeper);
+        keeper
+    }
+
+    fn grant(keeper: &LeaseKeeper) {
+        let mut registry = Registry::default();
+        keeper.book.lock().open(&registry, 7);
+        let renewal = keeper.book.lock().send(now());
+        registry.sites.insert(keeper.me.clone(), renewal);
+        keeper.applied(&registry);
+    }
+
+    fn rewrite(folder: &Path, change: impl FnOnce(&mut Kept)) {
+        let file = folder.join("lease.json");
+        let mut kept: Kept = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        change(&mut kept);
+        std::fs::write(&file, serde_json::to_vec(&kept).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn a_quick_restart_need_not_close_and_holds_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(granted(folder.path()).left().is_some());
+        let next = keeper(folder.path());
+        assert!(!next.closing(), "the lease of the process before it runs on");
+        assert_eq!(next.left(), None, "it is not this process's to open with");
+    }
+
+    #[test]
+    fn a_restart_after_the_lease_or_a_reboot_closes() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(granted(folder.path()));
+        rewrite(folder.path(), |kept| kept.until = now());
+        assert!(keeper(folder.path()).closing(), "it is over");
+        drop(granted(folder.path()));
+        rewrite(folder.path(), |kept| kept.boot = "another".into());
+        assert!(keeper(folder.path()).closing(), "another boot counts from its own zero");
+        drop(granted(folder.path()));
+        rewrite(folder.path(), |kept| kept.wall.0 -= 60_000);
+        assert!(keeper(folder.path()).closing(), "the host stood still, or somebody set its clock");
+    }
+
+    #[test]
+    fn a_file_that_says_nothing_is_no_lease() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("lease.json");
+        assert!(keeper(folder.path()).closing(), "none");
+        for body in ["", "{\"boot\":", "{}", "[]"] {
+            std::fs::write(&file, body).unwrap();
+            assert!(keeper(folder.path()).closing(), "{body:?}");
+        }
+        std::fs::remove_file(&file).unwrap();
+        std::fs::create_dir(&file).unwrap();
+        assert!(keeper(folder.path()).closing(), "a folder");
+    }
+
+    #[test]
+    fn a_full_disk_costs_the_next_process_its_quick_restart_and_this_one_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = keeper(folder.path());
+        // Not by mode: tests may run as root, who writes anywhere. And only now: reading it has no end.
+        std::os::unix::fs::symlink("/dev/full", folder.path().join("lease.json")).unwrap();
+        grant(&first);
+        assert!(first.left().is_some());
+        std::fs::remove_file(folder.path().join("lease.json")).unwrap();
+        assert!(keeper(folder.path()).closing());
+    }
+
+    #[test]
+    fn a_restarted_process_counts_no_renewal_of_the_one_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = granted(folder.path());
+        let mut registry = Registry::default();
+        let old = first.book.lock().send(now());
+        registry.sites.insert(first.me.clone(), old);
+        let next = keeper(folder.path());
+        assert!(next.book.lock().open(&registry, 0) > old.session);
+        let mine = next.book.lock().send(now());
+        next.applied(&registry); // the old one's last renewal comes late
+        assert_eq!(next.left(), None);
+        registry.sites.insert(next.me.clone(), Renewal { number: mine.number + 1, ..old });
+        next.applied(&registry);
+        assert_eq!(next.left(), None);
+        registry.sites.insert(next.me.clone(), mine);
+        next.applied(&registry);
+        assert!(next.left().is_some());
+    }
+}

@@ -16,7 +16,7 @@ pub mod lease;
 mod look;
 pub mod peer;
 pub mod shelf;
-mod tokens;
+pub mod tokens;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

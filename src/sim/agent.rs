@@ -7,6 +7,8 @@ use dc_agent::book::{Book, Kept};
 use dc_agent::clock::Gaps;
 use dc_agent::duty::{Intent, Upkeep, intents, may_open, upkeep};
 use dc_agent::lead::Sayings;
+use dc_agent::tokens::{Rank, rank};
+use dc_core::act::Evidence;
 use dc_core::ids::{GroupName, PlaneKind, RunId, SiteId};
 use dc_core::lease::{OwnLease, Profile, Renewal};
 use dc_core::plan::StepId;
@@ -36,6 +38,8 @@ pub struct Lent<'a> {
     pub boot: &'a str,
     /// This host's disk.
     pub disk: &'a mut Disk,
+    /// Whether nothing more can be written to it.
+    pub full: bool,
     /// Whether the others can be reached.
     pub connected: bool,
     /// Ticks between a commit and its applying here.
@@ -175,7 +179,7 @@ impl Agent {
         if !self.caught_up && self.barrier.is_some_and(|needed| self.applied >= needed) {
             self.caught_up = true;
         }
-        if lent.dice.once_in(8) {
+        if lent.dice.once_in(8) && !lent.full {
             lent.disk.applied = lent.disk.applied.max(self.applied);
         }
     }
@@ -189,7 +193,9 @@ impl Agent {
         }
         if let Some(left) = self.book.left(lent.now) {
             let (boot, until) = (lent.boot.to_owned(), lent.now.plus(left));
-            lent.disk.lease = Some(Kept { boot, until, at: lent.now, wall: lent.wall });
+            // Written anew each time: what finds no room leaves an empty file.
+            let kept = Kept { boot, until, at: lent.now, wall: lent.wall };
+            lent.disk.lease = (!lent.full).then_some(kept);
         }
     }
 
@@ -252,11 +258,18 @@ impl Agent {
             }
             None => {}
         }
-        let known = lent.disk.tokens.entry(plane).or_default();
-        if *known > intent.token {
-            return; // stale: a newer decision stands
+        match rank(lent.disk.tokens.get(&plane).copied(), intent.token) {
+            Rank::Stale(_) => return, // a newer decision stands
+            Rank::Same => {}
+            Rank::Higher if !lent.full => {
+                lent.disk.tokens.insert(plane, intent.token);
+            }
+            Rank::Higher if lent.sin == Some(Sin::ActsWithoutTokenOnDisk) => {}
+            Rank::Higher => {
+                let text = "its token was not remembered on disk".into();
+                return self.answered(intent.clone(), Err(Trouble { code: "DC-0222".into(), text }), lent);
+            }
         }
-        *known = intent.token;
         let until = lent.now.plus(intent.limit);
         self.tasks.insert(plane, Task::step(intent.clone(), lent.fakes, until));
     }
@@ -279,6 +292,10 @@ impl Agent {
             (Upkeep::Close, _) => {
                 self.tasks.remove(&plane);
                 self.answers.retain(|_, a| a.intent.act.name.plane() != Some(plane));
+                self.reopened.remove(&plane);
+                if !lent.full {
+                    lent.disk.closed.insert(plane, true);
+                }
             }
             (_, Some(_)) => return,
             (_, None) => {}
@@ -328,21 +345,7 @@ impl Agent {
         match task.work {
             Work::Step(intent) => {
                 all.push(Performed { run: intent.run.clone(), step: intent.step });
-                let entry = Entry::Finish {
-                    run: intent.run.clone(),
-                    step: intent.step,
-                    token: intent.token,
-                    took_ms: 50,
-                    result,
-                };
-                let command = Command { by: String::new(), wall: WallTime(0), entry };
-                let key = (intent.run.clone(), intent.step);
-                // Not in this tick, so that the process may die between the act and its answer.
-                self.answers.insert(key, Answer { intent, command, send_at: lent.tick + 1 });
-            }
-            Work::Upkeep(Upkeep::Close) if result.is_ok() => {
-                lent.disk.closed.insert(plane, true);
-                self.reopened.remove(&plane);
+                self.answered(intent, result, lent);
             }
             Work::Upkeep(Upkeep::Serve(_)) if result.is_ok() => {
                 lent.disk.closed.insert(plane, false);
@@ -350,5 +353,13 @@ impl Agent {
             }
             Work::Upkeep(_) => {}
         }
+    }
+
+    /// Not in this tick, so that the process may die between the act and its answer.
+    fn answered(&mut self, intent: Intent, result: Result<Evidence, Trouble>, lent: &Lent<'_>) {
+        let (run, step, token) = (intent.run.clone(), intent.step, intent.token);
+        let entry = Entry::Finish { run: run.clone(), step, token, took_ms: 50, result };
+        let command = Command { by: String::new(), wall: WallTime(0), entry };
+        self.answers.insert((run, step), Answer { intent, command, send_at: lent.tick + 1 });
     }
 }

@@ -38,6 +38,10 @@ pub struct Host {
     pub starts_at: u64,
     /// Until when the network to the others is cut.
     pub cut_until: u64,
+    /// Until when its disk is full.
+    pub full_until: u64,
+    /// Highest token that it may have known when it last lost its disk.
+    pub forgot: Token,
     /// Until when the whole host stands still.
     pub frozen_until: u64,
     /// Ticks between a commit and its applying here.
@@ -61,6 +65,8 @@ impl Host {
             agent: None,
             starts_at: 0,
             cut_until: 0,
+            full_until: 0,
+            forgot: Token(0),
             frozen_until: 0,
             lag: 1,
             boot: 1,
@@ -111,9 +117,10 @@ impl Host {
         }
     }
 
-    /// The agent's directory is gone.
-    pub fn lose_disk(&mut self) {
+    /// The agent's directory is gone; `newest` is the highest token that stood in it.
+    pub fn lose_disk(&mut self, newest: Token) {
         self.disk = Disk::default();
+        self.forgot = newest;
     }
 
     /// Whether the network reaches it and it runs.

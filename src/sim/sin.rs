@@ -27,6 +27,8 @@ pub enum Sin {
     LeaseFromAck,
     /// An agent goes on when its clock jumped or its host stood still.
     IgnoresJump,
+    /// An act is begun although its token could not be written down.
+    ActsWithoutTokenOnDisk,
     /// A drain believes its link.
     DrainWithoutLooking,
     /// A return is accepted after `Opened`.

@@ -13,7 +13,8 @@ pub enum Fault {
     Reboot(SiteId, u64),
     /// The agent dies and its directory is gone.
     LoseDisk(SiteId, u64),
-    /// The agent's disk is full for so many ticks: it ends rather than go on.
+    /// The agent's disk is full for so many ticks: nothing it wants to remember is written,
+    /// and it ends once the quorum's store has to grow.
     FillDisk(SiteId, u64),
     /// The site is cut off for so many ticks.
     Cut(SiteId, u64),

@@ -1,9 +1,11 @@
 //! The world: one tick after the other, and the laws looked at in each.
 
+mod judge;
+
 use std::collections::{BTreeMap, BTreeSet};
 
-use dc_core::ids::{GroupName, PlaneKind, RunId, SiteId};
-use dc_core::invariant::{self, Marks, PlaneSight, Sight, SiteSight};
+use dc_core::ids::{GroupName, PlaneKind, RunId, SiteId, Token};
+use dc_core::invariant::Marks;
 use dc_core::lease::Profile;
 use dc_core::registry::{Command, Entry};
 use dc_core::run::{RunResult, Status};
@@ -25,9 +27,8 @@ const TROUBLED: u64 = 2_400;
 const LIMIT: u64 = 40_000;
 /// Ticks that a plane at the end has to serve.
 const SETTLE: u64 = 300;
-/// Ticks that an agent has to react once it runs again: nothing fences a host that stands
-/// still, or whose agent is dead, before the layers that come with the guardian.
-const REACTS: u64 = 60;
+/// The quorum's store has to grow, which it cannot on a full disk, once in so many ticks.
+const STORE_GROWS: u64 = 100;
 
 /// What became of everything.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -190,7 +191,7 @@ impl World {
 
     fn in_trouble(&self) -> bool {
         self.chance && self.tick < TROUBLED
-            || self.hosts.values().any(|h| !h.reachable(self.tick))
+            || self.hosts.values().any(|h| !h.reachable(self.tick) || h.full_until > self.tick)
             || !self.unlinked.is_empty()
             || self.breaks_until > self.tick
     }
@@ -287,11 +288,14 @@ impl World {
             Fault::Breaks(span) => self.breaks_until = now + span,
             Fault::Kill(site, back) => self.with(&site, |h| h.kill(now, back, false)),
             Fault::Reboot(site, back) => self.with(&site, |h| h.kill(now, back, true)),
-            Fault::LoseDisk(site, back) => self.with(&site, |h| {
-                h.kill(now, back, false);
-                h.lose_disk();
-            }),
-            Fault::FillDisk(site, span) => self.with(&site, |h| h.kill(now, span, false)),
+            Fault::LoseDisk(site, back) => {
+                let newest = Token(self.log.entries.len() as u64);
+                self.with(&site, |h| {
+                    h.kill(now, back, false);
+                    h.lose_disk(newest);
+                });
+            }
+            Fault::FillDisk(site, span) => self.with(&site, |h| h.full_until = now + span),
             Fault::Cut(site, span) => self.with(&site, |h| h.cut_until = now + span),
             Fault::Freeze(site, span) => self.with(&site, |h| h.frozen_until = now + span),
             Fault::Jump(site, by) => self.with(&site, |h| h.jump(by)),
@@ -312,6 +316,11 @@ impl World {
             self.runs_since.insert(site.clone(), self.tick);
             return Vec::new();
         }
+        let full = host.full_until > self.tick;
+        if full && host.agent.is_some() && self.dice.once_in(STORE_GROWS) {
+            host.kill(self.tick, self.dice.between(10, 60), false);
+            return Vec::new();
+        }
         let breaks = self.breaks_until > self.tick;
         let boot = host.boot.to_string();
         let mut lent = Lent {
@@ -320,6 +329,7 @@ impl World {
             wall: host.wall(self.tick),
             boot: &boot,
             disk: &mut host.disk,
+            full,
             connected: host.cut_until <= self.tick,
             lag: host.lag,
             log: &mut self.log,
@@ -397,84 +407,6 @@ impl World {
             if self.dice.once_in(12) {
                 group.replicate(*plane, 3);
             }
-        }
-    }
-
-    /// Whether another voter could take a site's groups away by its own clock, while the
-    /// site's agent runs: the timer is over, and the renewal it was started by is the newest.
-    fn lapsed(&self, site: &SiteId) -> bool {
-        let Some(host) = self.hosts.get(site) else { return false };
-        let since = self.runs_since.get(site).copied().unwrap_or(0);
-        if host.agent.is_none() || host.frozen_until > self.tick || since + REACTS > self.tick {
-            return false;
-        }
-        let newest = self.log.truth.sites.get(site).copied();
-        self.hosts.values().filter(|h| h.site != *site && h.frozen_until <= self.tick).any(|voter| {
-            let now = voter.now(self.tick);
-            let over = voter.agent.as_ref().and_then(|a| a.book.watch().expired(site, now, &self.profile));
-            over.is_some() && over == newest
-        })
-    }
-
-    /// Looks at every law.
-    fn look(&mut self) {
-        self.looked += 1;
-        let group = self.fakes.lock();
-        let mut sites: BTreeMap<&SiteId, SiteSight<'_>> = BTreeMap::new();
-        for (site, plane, here) in group.all() {
-            let frozen = self.hosts.get(site).is_some_and(|h| h.frozen_until > self.tick);
-            let sight = sites.entry(site).or_insert_with(|| SiteSight {
-                site: site.clone(),
-                lapsed: self.lapsed(site),
-                planes: Vec::new(),
-            });
-            sight.planes.push(PlaneSight {
-                plane,
-                writable: here.writable() && !frozen,
-                shut: &here.shut,
-                token: here.token,
-                grants: &here.grants,
-                kept: &here.kept,
-            });
-        }
-        let sight = Sight {
-            registry: &self.log.truth,
-            group: &self.group,
-            sites: sites.into_values().collect(),
-            acknowledged: &group.acknowledged,
-            grants: &group.grants,
-        };
-        let found = invariant::check(&self.marks, &sight);
-        self.marks = Marks::of(&sight);
-        self.violations.extend(found.iter().map(|v| format!("tick {}: {v}", self.tick)));
-    }
-
-    /// Everything must have ended, in words or in deed, and the holder must serve.
-    fn judge_the_end(&mut self) {
-        for run in self.log.truth.open_runs() {
-            let steps: Vec<String> = run
-                .steps
-                .iter()
-                .filter(|s| !s.done() && s.status != Status::Waiting)
-                .map(|s| format!("{} {:?}", s.plan.act, s.status))
-                .collect();
-            self.violations.push(format!(
-                "does_not_end: run {} is open after {} ticks: aborting {:?}, attention {:?}, {steps:?}",
-                run.id, self.tick, run.aborting, run.attention
-            ));
-        }
-        if !self.operator.is_done() {
-            self.violations.push(format!("does_not_end: {:?} was never begun", self.operator.run()));
-        }
-        let Some(group) = self.log.truth.groups.get(&self.group) else { return };
-        let state = self.fakes.lock();
-        for (site, plane, here) in state.all().filter(|(site, ..)| **site == group.holder) {
-            if !here.writable() {
-                self.violations.push(format!("does_not_serve: {plane} at {site}: {here:?}"));
-            }
-        }
-        if !self.log.truth.audit.unbroken() {
-            self.violations.push("the audit's chain is broken".into());
         }
     }
 }

@@ -246,6 +246,38 @@ fn a_jump_of_any_clock_either_way_ends_legally() {
     }
 }
 
+fn full_disk(seed: u64, name: &str, at: u64, orders: &[Order]) -> World {
+    World::seeded(seed).unwrap().orders(orders.to_vec()).at(at, Fault::FillDisk(site(name), 400))
+}
+
+#[test]
+fn a_disk_that_fills_up_at_any_time_ends_legally() {
+    let mut ends = std::collections::BTreeSet::new();
+    for name in ["rome", "fra", "oslo"] {
+        for at in (100..700).step_by(25) {
+            for orders in [[Order::Move], [Order::MoveAndAbort(34)], [Order::MoveAndReturn(1)]] {
+                let report = full_disk(at, name, at, &orders).run();
+                legal(&report, &format!("disk of {name} full at {at}, {orders:?}"));
+                if orders == [Order::Move] {
+                    ends.extend(results(&report).iter().map(|r| r.word()));
+                }
+            }
+        }
+    }
+    assert_eq!(
+        Vec::from_iter(ends),
+        ["done", "refused", "rolled_back"],
+        "one that is never felt proves nothing"
+    );
+}
+
+#[test]
+fn notices_an_act_whose_token_is_not_on_disk() {
+    let worlds = (0..20).map(|seed| full_disk(seed, "rome", 110, &[Order::Move]));
+    let seen = first_violation(Sin::ActsWithoutTokenOnDisk, worlds);
+    assert!(seen.contains("tokens_remembered"), "{seen}");
+}
+
 #[test]
 fn notices_a_drain_that_only_believes() {
     let seen = first_violation(Sin::DrainWithoutLooking, seeds(&[Order::Move]));
