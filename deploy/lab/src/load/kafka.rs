@@ -24,8 +24,8 @@ use crate::world::{DATA_SITES, Plane, Site, World, port};
 pub const TOPICS: [&str; 2] = ["orders", "payments"];
 /// Writers per site, each with its own producer and key.
 const WRITERS: u16 = 4;
-/// Pause of a client before it tries a closed site again, while a move is asked for.
-const OFTEN: Duration = Duration::from_millis(40);
+/// Pause before a closed site is tried again, with a new client, while a move is asked for.
+const OFTEN: Duration = Duration::from_millis(150);
 /// Pause between two records of a writer: four make about 300 records a second.
 const BETWEEN: Duration = Duration::from_millis(13);
 /// Records of a writer under way at once.
@@ -74,17 +74,16 @@ async fn write(shared: Arc<Shared>, history: Arc<History>, site: Site, writer: u
             shared.pause(OFTEN).await;
             continue;
         };
+        // A refused producer is not used again: when its topic comes back it numbers its records from 0 once more,
+        // and the broker takes them for repeats.
         let refused = Arc::new(AtomicBool::new(false));
         while !shared.over()
             && generation == shared.generation.load(Ordering::Relaxed)
             && producer.client().fatal_error().is_none()
+            && !refused.load(Ordering::Relaxed)
         {
             seq += 1;
-            if refused.swap(false, Ordering::Relaxed) {
-                shared.pause(OFTEN).await;
-            } else {
-                shared.sleep(BETWEEN).await;
-            }
+            shared.sleep(BETWEEN).await;
             let Ok(slot) = slots.clone().acquire_owned().await else { return };
             let (key, value) = (writer.to_string(), format!("{writer} {seq}"));
             let sent = now_ns();
@@ -114,6 +113,9 @@ async fn write(shared: Arc<Shared>, history: Arc<History>, site: Site, writer: u
             }
         }
         end(producer).await;
+        if refused.load(Ordering::Relaxed) {
+            shared.pause(OFTEN).await;
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use dc_plane::{Deadline, PlaneError};
 
 use crate::canary::{self, Verdict};
 use crate::cluster::Who;
+use crate::keep::Why;
 use crate::{KafkaPlane, opening};
 
 impl KafkaPlane {
@@ -50,6 +51,9 @@ impl KafkaPlane {
             let why = format!("the mirror may still write where applications would: {left}");
             return Err(PlaneError::refused("DC-0407", why));
         }
-        self.let_in(cluster, recorded, until).await
+        let given = self.let_in(cluster, recorded, until).await?;
+        // what this site took from itself in an earlier life is settled by what the run gave
+        self.kept.forget(Why::Closed)?;
+        Ok(given)
     }
 }

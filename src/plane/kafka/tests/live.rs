@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! DC_LAB_KAFKA_BROKERS=2 dc-lab parts up --planes kafka --name live
-//! DC_LAB_WORLD=/var/lib/dc-lab/live cargo test -p dc-plane-kafka --features live --test live -- --nocapture
+//! DC_LAB_WORLD=/var/lib/dc-lab/live cargo test -p dc-plane-kafka --features live --test live-kafka -- --nocapture
 //! ```
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test ends at its first surprise")]
 
