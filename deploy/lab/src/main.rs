@@ -14,6 +14,7 @@ mod parts;
 mod prereq;
 mod process;
 mod proxy;
+mod refusals;
 mod releases;
 mod report;
 mod run;
@@ -57,6 +58,8 @@ enum Cmd {
     Where(Named),
     /// Move back and forth while agents and parts die in every stage
     Crashes(Crashes),
+    /// Break every plane's way to the target at once: a move must be refused with all findings, and nothing changed
+    Refusals(Refusals),
     /// Move back and forth under load for a while and print what every step took
     Bench(Measure),
     /// Hold the lab's number and its links (started by the lab itself)
@@ -147,6 +150,18 @@ struct Crashes {
 }
 
 #[derive(Debug, Args)]
+struct Refusals {
+    #[command(flatten)]
+    named: Named,
+    /// Planes that are broken
+    #[arg(long, value_delimiter = ',', default_values_t = [Plane::Postgres, Plane::Kafka, Plane::S3])]
+    planes: Vec<Plane>,
+    /// Delay of replication between the sites, each way, in milliseconds
+    #[arg(long, default_value_t = 20, value_name = "MS")]
+    delay: u64,
+}
+
+#[derive(Debug, Args)]
 struct Measure {
     #[command(flatten)]
     up: Up,
@@ -225,6 +240,7 @@ async fn perform(command: Cmd) -> Result<Verdict> {
             Verdict::Pass
         }),
         Cmd::Crashes(crashes) => crashes::play(&game(&crashes)).await,
+        Cmd::Refusals(asked) => refusals::play(&plain(&asked.named, &asked.planes, asked.delay)).await,
         Cmd::Bench(measure) => bench::switchover(&measured(&measure)).await,
         Cmd::Keeper { root } => keep(&root).await.map(|()| Verdict::Pass),
     }

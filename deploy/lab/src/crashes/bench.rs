@@ -1,5 +1,6 @@
 //! The bench of the crashes: one world under load, in which moves are begun, broken and brought before the oracle.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -8,13 +9,14 @@ use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
 use super::follow::{self, Follow, Told};
-use super::plan::under_way;
+use super::law;
+use super::plan::Stage;
 use crate::agents;
 use crate::history::{now_ns, wall_ns};
 use crate::judge::Judge;
 use crate::load::{Shared, s3};
 use crate::oracle::{Verdict, Window};
-use crate::parts::GROUP;
+use crate::parts::{self, GROUP};
 use crate::report::Move;
 use crate::world::{Plane, Site, World};
 
@@ -24,6 +26,8 @@ const END: Duration = Duration::from_mins(2);
 const QUIET: Duration = Duration::from_secs(20);
 /// Writers are let in, or a target is ready for a move, within this time.
 const READY: Duration = Duration::from_mins(1);
+/// A command that has told its last word ends within this time.
+const ANSWER: Duration = Duration::from_secs(10);
 /// Acknowledged writes per plane, before a move and after it.
 const ENOUGH: usize = 60;
 
@@ -44,6 +48,22 @@ pub struct Row {
     pub wrong: Vec<String>,
     /// What is worth knowing.
     pub notes: Vec<String>,
+}
+
+/// What is done for a run that something died in.
+#[derive(Debug, Default)]
+pub struct Help {
+    /// When its agents are started again; not before it needs them if there is no such time.
+    pub wake: Option<Instant>,
+    /// The part that died, and is started again once the run asks for a human or has ended.
+    pub part: Option<(Site, Plane)>,
+}
+
+impl Help {
+    /// The agents at once.
+    pub fn now() -> Help {
+        Help { wake: Some(Instant::now()), part: None }
+    }
 }
 
 /// A run under way, as the bench knows it.
@@ -148,10 +168,11 @@ impl<'a> Bench<'a> {
         Ok(at)
     }
 
-    /// Asks those who live which steps were under way at a moment just past.
-    pub async fn met(&self, going: &Going, at_ms: u64) -> Result<Vec<String>> {
+    /// Asks those who live which steps were under way at a moment just past, and notes them. Returns their stages.
+    pub async fn met(&self, going: &Going, at_ms: u64, row: &mut Row) -> Result<BTreeSet<Stage>> {
         let shown = follow::ask(self.world, &["run", "show", &going.run]).await?;
-        Ok(under_way(&shown.body, at_ms))
+        row.met = law::under_way(&shown.body, at_ms);
+        Ok(law::stages(&shown.body, at_ms))
     }
 
     /// Starts every agent that does not run, as it was started first, and waits until all are ready.
@@ -166,22 +187,17 @@ impl<'a> Bench<'a> {
         Site::named(name).with_context(|| format!("there is no site {name}"))
     }
 
-    /// Brings a run to its legal end: starts the agents again, at `wake` or, without it, once the run has
+    /// Brings a run to its legal end: starts the agents again, at `help.wake` or, without it, once the run has
     /// ended, asks for a human or stands still; does what a human is asked to do. Returns the run's last word.
-    pub async fn end(
-        &self,
-        going: &mut Going,
-        wake: Option<Instant>,
-        row: &mut Row,
-    ) -> Result<Option<Value>> {
+    pub async fn end(&self, going: &mut Going, help: &Help, row: &mut Row) -> Result<Option<Value>> {
         let (mut woken, mut asked) = (false, 0);
         let mut limit = tokio::time::Instant::now() + END;
-        let mut wake_at = wake.unwrap_or_else(|| Instant::now() + QUIET).into();
+        let mut wake_at = help.wake.unwrap_or_else(|| Instant::now() + QUIET).into();
         let last = loop {
             let told = tokio::select! {
                 told = going.follow.next() => told,
                 () = tokio::time::sleep_until(wake_at), if !woken => {
-                    if wake.is_none() {
+                    if help.wake.is_none() {
                         row.notes.push("stood still without its agent".to_owned());
                     }
                     self.wake().await?;
@@ -193,22 +209,18 @@ impl<'a> Bench<'a> {
             };
             match told {
                 Told::Begun(run) => going.run = run,
-                Told::Step(_) if wake.is_none() => wake_at = tokio::time::Instant::now() + QUIET,
+                Told::Step(_) if help.wake.is_none() => wake_at = tokio::time::Instant::now() + QUIET,
                 Told::Step(_) => {}
                 Told::Last(body) if body["result"] == "needs_human" => {
                     asked += 1;
                     human(&body, asked, row);
+                    closed(going, &body, row).await;
+                    self.help(help, row).await?;
                     if !woken {
-                        self.wake().await?;
                         woken = true;
                         limit = tokio::time::Instant::now() + END;
                     }
-                    let run = going.run.clone();
-                    let again = follow::ask(self.world, &["run", "retry", &run, "--no-wait"]).await?;
-                    if ![0, 5].contains(&again.code) {
-                        row.notes.push(format!("retry: exit {}: {}", again.code, again.said.trim()));
-                    }
-                    going.follow = Follow::start(self.world, &["run", "attach", &run])?;
+                    self.retry(going, row).await?;
                 }
                 Told::Last(body) if body["result"] == "running" => {} // the stream broke off; it is opened again
                 Told::Last(body) => break Some(body),
@@ -220,14 +232,34 @@ impl<'a> Bench<'a> {
             }
         };
         row.seconds = going.begun.elapsed().as_secs_f64();
-        self.wake().await?;
+        self.help(help, row).await?;
         Ok(last)
+    }
+
+    /// What a human mends: agents run again, and the part that died.
+    async fn help(&self, help: &Help, row: &mut Row) -> Result<()> {
+        self.wake().await?;
+        if let Some((site, plane)) = help.part
+            && parts::mend(self.world, site, plane).await.with_context(|| format!("start {plane} again"))?
+        {
+            row.notes.push(format!("{plane} of {site} was started by the lab"));
+        }
+        Ok(())
+    }
+
+    async fn retry(&self, going: &mut Going, row: &mut Row) -> Result<()> {
+        let again = follow::ask(self.world, &["run", "retry", &going.run, "--no-wait"]).await?;
+        if ![0, 5].contains(&again.code) {
+            row.notes.push(format!("retry: exit {}: {}", again.code, again.said.trim()));
+        }
+        going.follow = Follow::start(self.world, &["run", "attach", &going.run])?;
+        Ok(())
     }
 
     /// Judges what came of a run, from what clients were told and what both sites hold.
     pub async fn conclude(
         &mut self,
-        going: &Going,
+        going: &mut Going,
         last: Option<&Value>,
         legal: &[&str],
         row: &mut Row,
@@ -243,6 +275,8 @@ impl<'a> Bench<'a> {
         if !legal.contains(&row.outcome.as_str()) {
             row.wrong.push(format!("ended {}, one of {legal:?} is legal: {}", row.outcome, why(last)));
         }
+        row.wrong.extend(law::contradiction(last).map(str::to_owned));
+        closed(going, last, row).await;
         if row.outcome != "done" {
             row.notes.push(why(last));
         }
@@ -296,6 +330,23 @@ impl<'a> Bench<'a> {
 pub fn kill(pid: u32, what: Signal) -> Result<()> {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("a process has a number")?;
     rustix::process::kill_process(pid, what).with_context(|| format!("signal process {pid:?}"))
+}
+
+/// The command leaves a run with the code of what it came to, in its last word and as a process.
+async fn closed(going: &mut Going, last: &Value, row: &mut Row) {
+    let code = loop {
+        match tokio::time::timeout(ANSWER, going.follow.next()).await {
+            Ok(Told::Closed(code, _)) => break Some(code),
+            Ok(_) => {}
+            Err(_) => break None,
+        }
+    };
+    let result = last["result"].as_str().unwrap_or("?");
+    let wanted = law::code_of(result);
+    if code != wanted || last["exit"].as_i64() != wanted.map(i64::from) {
+        row.wrong
+            .push(format!("{result} with exit {code:?} and {} in its words, not {wanted:?}", last["exit"]));
+    }
 }
 
 /// A run that calls for a human says why.

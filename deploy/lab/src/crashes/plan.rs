@@ -4,8 +4,6 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
-use serde_json::Value;
-
 use super::follow::Told;
 use crate::world::{Plane, Site};
 
@@ -199,21 +197,6 @@ impl Dice {
     }
 }
 
-/// The steps that were under way at a moment, as `plane.act@site`, as the run tells them.
-pub fn under_way(run: &Value, at_ms: u64) -> Vec<String> {
-    let steps = run["steps"].as_array().map_or(&[][..], Vec::as_slice);
-    let there = |s: &&Value| {
-        let since = s["since_ms"].as_u64();
-        let until = s["at_ms"].as_u64().unwrap_or(u64::MAX);
-        since.is_some_and(|since| since <= at_ms) && at_ms <= until
-    };
-    let shown = |s: &Value| {
-        let word = |key: &str| s[key].as_str().unwrap_or("?").to_owned();
-        format!("{}.{}@{}", word("plane"), word("act"), word("site"))
-    };
-    steps.iter().filter(there).map(shown).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -269,16 +252,5 @@ mod tests {
         assert!(!entry.by(&step("replayed")));
         assert!(!entry.by(&step("fence_mirror")));
         assert!(entry.by(&step("set_offsets")));
-    }
-
-    #[test]
-    fn names_the_steps_that_a_kill_met() {
-        let run = json!({"steps": [
-            {"stage": "fence", "plane": "kafka", "act": "fence_apps", "site": "rome", "since_ms": 10, "at_ms": 20},
-            {"stage": "drain", "plane": "kafka", "act": "drain", "site": "fra", "since_ms": 21, "at_ms": 40},
-            {"stage": "open", "plane": "kafka", "act": "grant_apps", "site": "fra"},
-        ]});
-        assert_eq!(under_way(&run, 30), ["kafka.drain@fra"]);
-        assert!(under_way(&run, 50).is_empty());
     }
 }

@@ -1,4 +1,4 @@
-//! The rounds: an agent dies in a stage; and what else may go wrong on purpose.
+//! The rounds: an agent dies in a stage; an operator gives a second order, takes a run back, turns it round.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -6,19 +6,31 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 
-use super::bench::{Bench, Going, Row, kill};
+use super::bench::{Bench, Going, Help, Row, kill};
 use super::follow::{self, Told};
+use super::law;
 use super::plan::{Entry, Round, Stage, Victim};
-use crate::parts::{self, GROUP};
-use crate::world::{Plane, Site, World};
+use crate::parts::GROUP;
+use crate::parts::postgres::postmaster;
+use crate::world::{Site, World};
 
-/// Ends that are legal whenever a process dies. A preflight that is not answered refuses, and nothing was changed.
-const LEGAL: [&str; 3] = ["done", "rolled_back", "returned"];
-/// Tries to stop a run between its takeover and its opening: either may be over before the kill.
-const TRIES: usize = 4;
+/// Tries to kill in a stage, or to stop a run between its takeover and its opening: either may be over before.
+pub const TRIES: usize = 4;
 
-/// One agent dies in one stage of one move.
+/// One agent dies in one stage of one move. A kill that came too early or too late is made again in another move.
 pub async fn crash(bench: &mut Bench<'_>, round: &Round, row: &mut Row) -> Result<()> {
+    for attempt in 1..=TRIES {
+        if crash_once(bench, round, row).await? || !row.wrong.is_empty() {
+            return Ok(());
+        }
+        row.notes.push(format!("try {attempt} met {:?}", row.met));
+    }
+    row.wrong.push(format!("no kill in {TRIES} tries met the stage {}", round.stage.name()));
+    Ok(())
+}
+
+/// One try. Returns whether the kill fell into its stage.
+async fn crash_once(bench: &mut Bench<'_>, round: &Round, row: &mut Row) -> Result<bool> {
     let leader = bench.leader().await?;
     let mut going = bench.begin().await?;
     let victim = match round.victim {
@@ -28,70 +40,17 @@ pub async fn crash(bench: &mut Bench<'_>, round: &Round, row: &mut Row) -> Resul
     };
     row.victim = victim.to_string();
     let mut entry = Entry::new(round.stage, going.source, &bench.world.planes);
-    let early = bench.until(&mut going, |told| entry.by(told)).await?;
-    let last = if let Some(last) = early {
-        row.wrong.push(format!("left before {}: {last}", round.stage.name()));
-        Some(last)
-    } else {
-        let at = bench.kill_agent(victim).await?;
-        let pause = (!round.late).then(|| Instant::now() + round.pause);
-        row.met = bench.met(&going, at).await?;
-        bench.end(&mut going, pause, row).await?
-    };
-    let refused = round.stage == Stage::Preflight;
-    let legal: Vec<&str> = LEGAL.into_iter().chain(refused.then_some("refused")).collect();
-    bench.conclude(&going, last.as_ref(), &legal, row).await
-}
-
-/// The target's part of a plane dies while the source is drained: the run goes back, and the next one succeeds.
-pub async fn part(bench: &mut Bench<'_>, plane: Plane, row: &mut Row) -> Result<()> {
-    let mut going = bench.begin().await?;
-    let (source, target) = (going.source, going.target);
-    row.victim = format!("{target}'s {plane}");
-    let pid = part_of(bench.world, target, plane)?;
-    let kafka = bench.world.planes.contains(&Plane::Kafka);
-    // Kafka's drain is under way, or where there is none, the last thing before the database's own
-    let first = if kafka { "fence_apps" } else { "pre_sync" };
-    let drains = |told: &Told| matches!(told, Told::Step(s) if s["act"] == first && s["state"] == "done");
-    if let Some(last) = bench.until(&mut going, drains).await? {
-        bail!("left before its drain: {last}");
+    if let Some(last) = bench.until(&mut going, |told| entry.by(told)).await? {
+        bench.conclude(&mut going, Some(&last), &["done"], row).await?; // nothing was broken as yet
+        return Ok(false);
     }
-    kill(pid, Signal::KILL)?;
-    let at = crate::history::wall_ns() / 1_000_000;
-    row.met = bench.met(&going, at).await?;
-    let last = bench.end(&mut going, Some(Instant::now()), row).await?;
-    if let Some(last) = &last
-        && last["result"] == "rolled_back"
-        && last["exit"] != 6
-    {
-        row.wrong.push(format!("rolled back with exit {}, not 6", last["exit"]));
-    }
-    if plane == Plane::Kafka {
-        parts::kafka::start(bench.world).await.context("start the broker again")?;
-    } // PostgreSQL is its agent's to start
-    bench.conclude(&going, last.as_ref(), &["rolled_back"], row).await?;
-    ensure!(bench.active == source, "{source} does not serve after the run went back");
-    let mut next = bench.begin().await.context("the next move")?;
-    let last = bench.end(&mut next, Some(Instant::now()), row).await?;
-    let result = row.outcome.clone();
-    bench.conclude(&next, last.as_ref(), &["done"], row).await.context("the next move")?;
-    row.outcome = format!("{result}, next {}", row.outcome);
-    Ok(())
-}
-
-/// The process of a part at a site.
-fn part_of(world: &World, site: Site, plane: Plane) -> Result<u32> {
-    match plane {
-        Plane::Postgres => postmaster(world, site),
-        Plane::Kafka => world.pid(&format!("{site}.kafka-1")).context("no broker runs"),
-        Plane::S3 | Plane::Airflow => bail!("no round ends the parts of {plane}"),
-    }
-}
-
-fn postmaster(world: &World, site: Site) -> Result<u32> {
-    let file = world.dir(&site).join("postgres/data/postmaster.pid");
-    let text = std::fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
-    text.lines().next().and_then(|l| l.trim().parse().ok()).context("postmaster.pid begins with a number")
+    let at = bench.kill_agent(victim).await?;
+    let wake = (!round.late).then(|| Instant::now() + round.pause);
+    let met = bench.met(&going, at, row).await?;
+    let last = bench.end(&mut going, &Help { wake, part: None }, row).await?;
+    let legal = last.as_ref().map_or_else(Vec::new, |run| law::legal(run, at, &met));
+    bench.conclude(&mut going, last.as_ref(), &legal, row).await?;
+    Ok(met.contains(&round.stage))
 }
 
 /// A second order while a run fences: to the same site it follows the run, to the other it is refused; then the run
@@ -115,12 +74,12 @@ pub async fn abort(bench: &mut Bench<'_>, row: &mut Row) -> Result<()> {
     let at = crate::history::wall_ns() / 1_000_000;
     let answer = follow::ask(bench.world, &reason).await?;
     drop(thaw);
-    row.met = bench.met(&going, at).await?;
+    bench.met(&going, at, row).await?;
     if answer.code != 0 {
         row.wrong.push(format!("abort ended with {}: {}", answer.code, answer.said.trim()));
     }
-    let last = bench.end(&mut going, Some(Instant::now()), row).await?;
-    bench.conclude(&going, last.as_ref(), &["rolled_back"], row).await
+    let last = bench.end(&mut going, &Help::now(), row).await?;
+    bench.conclude(&mut going, last.as_ref(), &["rolled_back"], row).await
 }
 
 async fn second_orders(bench: &Bench<'_>, going: &Going, row: &mut Row) -> Result<()> {
@@ -179,10 +138,11 @@ pub async fn turn(bench: &mut Bench<'_>, row: &mut Row) -> Result<()> {
         let early = bench.until(&mut going, |told| entry.by(told)).await?;
         ensure!(early.is_none(), "left before its takeover");
         let at = bench.kill_agent(target).await?;
-        row.met = bench.met(&going, at).await?;
+        let met = bench.met(&going, at, row).await?;
         if !stays_unopened(bench.world, &going.run).await? {
-            let last = bench.end(&mut going, Some(Instant::now()), row).await?;
-            bench.conclude(&going, last.as_ref(), &LEGAL, row).await?;
+            let last = bench.end(&mut going, &Help::now(), row).await?;
+            let legal = last.as_ref().map_or_else(Vec::new, |run| law::legal(run, at, &met));
+            bench.conclude(&mut going, last.as_ref(), &legal, row).await?;
             row.notes.push(format!("try {attempt} came too early or too late: {}", row.outcome));
             continue;
         }
@@ -194,8 +154,8 @@ pub async fn turn(bench: &mut Bench<'_>, row: &mut Row) -> Result<()> {
         if !bench.written(source, returned).await {
             row.wrong.push(format!("{source} does not serve while {target}'s agent is away"));
         }
-        let last = bench.end(&mut going, Some(Instant::now()), row).await?;
-        return bench.conclude(&going, last.as_ref(), &["returned"], row).await;
+        let last = bench.end(&mut going, &Help::now(), row).await?;
+        return bench.conclude(&mut going, last.as_ref(), &["returned"], row).await;
     }
     bail!("no run could be stopped between its takeover and its opening in {TRIES} tries")
 }

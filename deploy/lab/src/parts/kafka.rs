@@ -424,6 +424,14 @@ async fn found(world: &World) -> Result<()> {
     }
 }
 
+/// Tells the founding mirror at a site's worker to `stop` or to `resume`, as an operator would.
+pub async fn mirror(world: &World, site: Site, order: &str) -> Result<()> {
+    let url = format!("{}/connectors/{MIRROR}/{order}", rest(world, site));
+    let answer = reqwest::Client::new().put(url).timeout(Duration::from_secs(30)).send().await?;
+    ensure!(answer.status().is_success(), "{order} of {MIRROR} was refused with {}", answer.status());
+    Ok(())
+}
+
 /// Stops workers, then brokers, the sites side by side. Repeat: safe.
 pub async fn stop(world: &World) -> Result<()> {
     let each = DATA_SITES.map(|site| async move {

@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::world::{DATA_SITES, Plane, Site, World, port};
 
@@ -72,6 +72,25 @@ async fn one(world: &World, plane: Plane) -> Result<()> {
     .with_context(|| format!("start parts of {plane}"))?;
     eprintln!("  {plane} is up at both sites ({:.1} s)", begun.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// Starts what is down of a plane at a site, as whoever looks after the parts would. Returns whether anything was.
+pub async fn mend(world: &World, site: Site, plane: Plane) -> Result<bool> {
+    let name = match plane {
+        Plane::Postgres => return postgres::mend(world, &site).await,
+        Plane::Kafka => format!("{site}.kafka-1"),
+        Plane::S3 => format!("{site}.s3"),
+        Plane::Airflow => bail!("nobody but its agent starts {plane}"),
+    };
+    if world.alive(&name) {
+        return Ok(false);
+    }
+    if plane == Plane::Kafka {
+        kafka::start(world).await?;
+    } else {
+        s3::start(world).await?;
+    }
+    Ok(true)
 }
 
 /// Stops every plane's parts, Airflow first. All are tried; the first error is returned.

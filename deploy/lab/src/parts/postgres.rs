@@ -190,6 +190,19 @@ fn write_site_files(world: &World, site: &Site) -> Result<()> {
     world.write(&data.join("pg_hba.conf"), &rules, 0o600)
 }
 
+/// The process that is a site's instance, as its own file says.
+pub fn postmaster(world: &World, site: Site) -> Result<u32> {
+    let file = data_dir(world, &site).join("postmaster.pid");
+    let text = std::fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
+    text.lines().next().and_then(|l| l.trim().parse().ok()).context("postmaster.pid begins with a number")
+}
+
+/// Starts the instance of a site in the role its files say, and waits until it answers. Returns whether it was down.
+pub async fn mend(world: &World, site: &Site) -> Result<bool> {
+    let down = !status(world, site).await;
+    up(world, site).await.map(|()| down)
+}
+
 /// Starts the instance of a site in the role its files say, and waits until it answers.
 async fn up(world: &World, site: &Site) -> Result<()> {
     let data = data_dir(world, site);
@@ -268,6 +281,17 @@ async fn connect_as_superuser(world: &World, site: &Site) -> Result<tokio_postgr
         let _ = connection.await; // ends with the client
     });
     Ok(client)
+}
+
+/// Lets the replicating role log in at a primary, or not; without it the standbys' streams end and do not come back.
+pub async fn replication(world: &World, site: &Site, may: bool) -> Result<()> {
+    let client = connect_as_superuser(world, site).await?;
+    let sql = if may {
+        "alter role dcrepl login"
+    } else {
+        "alter role dcrepl nologin; select pg_terminate_backend(pid) from pg_stat_replication"
+    };
+    client.batch_execute(sql).await.context("change the replicating role")
 }
 
 /// Waits until one of the two streams from the other.
