@@ -120,6 +120,8 @@ acts!(
         LastPass = "last_pass",
         /// Ends the puller here and lets the writers in.
         OpenWriters = "open_writers",
+        /// Brings what a write under way at the fence added behind the last pass, before the old site follows.
+        LatePass = "late_pass",
         /// Starts pulling from the new holder.
         PullReverse = "pull_reverse",
         /// A canary object, seen at the other site.

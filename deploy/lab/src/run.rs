@@ -191,7 +191,9 @@ pub async fn begin(world: &World, order: &Order, wall: &mut BTreeMap<&'static st
         agents::apply(world).await
     })
     .await?;
-    let mut load = Load::start(world, ROME).await?;
+    let unended = order.sabotage.as_deref().is_some_and(|name| name.starts_with(Plane::Airflow.name()));
+    let lengths = if unended { airflow::EVEN } else { airflow::MIXED };
+    let mut load = Load::start(world, ROME, lengths).await?;
     let releases = Arc::new(Releases::default());
     if world.planes.contains(&Plane::S3) {
         releases.publish(world).await.context("publish the first DAG release")?;
@@ -375,7 +377,7 @@ fn enough(shared: &Shared, site: Site, from: u64, to: u64) -> bool {
 /// Runs the load without agents or moves for some seconds and judges what applies: nothing lost, nothing twice, the
 /// founding direction carries.
 pub async fn still(world: &World, seconds: u64) -> Result<Verdict> {
-    let load = Load::start(world, ROME).await?;
+    let load = Load::start(world, ROME, airflow::MIXED).await?;
     let from = now_ns();
     tokio::time::sleep(Duration::from_secs(seconds)).await;
     let window =

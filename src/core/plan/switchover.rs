@@ -234,11 +234,12 @@ impl<'a> Draft<'a> {
             Direction::Return => kafka.clone(),
         };
         let mirrors = self.add(Reverse, ActName::Kafka(KafkaAct::StartReverse), s, &[kafka, &stopped]);
-        let pulls = self.add(Reverse, ActName::S3(S3Act::PullReverse), s, &[objects]);
+        let late = self.add(Reverse, ActName::S3(S3Act::LatePass), t, &[objects]);
+        let pulls = self.add(Reverse, ActName::S3(S3Act::PullReverse), s, &[&late]);
         self.add(Reverse, ActName::Airflow(AirflowAct::WarmStandby), s, &[&follows, &pulls, airflow]);
         self.add(Verify, ActName::Postgres(PostgresAct::Verify), t, &[&follows, postgres]);
         self.add(Verify, ActName::Kafka(KafkaAct::Verify), t, &[&mirrors, &stopped]);
-        self.add(Verify, ActName::S3(S3Act::Verify), t, &[&pulls, objects]);
+        self.add(Verify, ActName::S3(S3Act::Verify), t, &[&pulls]);
         self.add(Verify, ActName::Airflow(AirflowAct::Verify), t, &[airflow]);
     }
 
@@ -315,7 +316,7 @@ fn s3(act: S3Act, limit: Duration) -> Traits {
         S3Act::FenceWriters => Traits::fences(10 * SECOND),
         S3Act::LastPass => Traits::reads(limit),
         S3Act::OpenWriters => Traits::opens(10 * SECOND),
-        S3Act::PullReverse | S3Act::Verify => Traits::reads(120 * SECOND),
+        S3Act::LatePass | S3Act::PullReverse | S3Act::Verify => Traits::reads(120 * SECOND),
         _ => Traits::reads(20 * SECOND),
     }
 }

@@ -326,7 +326,7 @@ impl Group {
                 self.turn(plane, &new, &act.site);
             }
             S3Act::SelfClose => self.at(act).closed = true,
-            S3Act::CatchUp | S3Act::Verify | S3Act::Stand | S3Act::Serve => {}
+            S3Act::CatchUp | S3Act::LatePass | S3Act::Verify | S3Act::Stand | S3Act::Serve => {}
         }
         self.done(act)
     }

@@ -151,7 +151,7 @@ impl Here {
     /// Compares listings that begin after the source's fence, and brings and proves all that is missing or different.
     ///
     /// A second look follows only if the first left something. What a write under way at the fence adds behind the
-    /// listing is brought by `verify`.
+    /// listing is brought by `late_pass`.
     async fn last_pass(self: &Arc<Self>, act: &Act, until: Deadline) -> Result<Evidence, PlaneError> {
         self.may_pull(act)?;
         let began = Instant::now();
@@ -179,8 +179,7 @@ impl Here {
         Ok(evidence.with(Outcome::Position(position)))
     }
 
-    /// Ends the puller, lets the writers in, and then looks once more for what a write that was under way at the old
-    /// site's fence added behind the last pass.
+    /// Ends the puller and lets the writers in.
     async fn open_writers(
         self: &Arc<Self>,
         act: &Act,
@@ -193,20 +192,16 @@ impl Here {
         }
         opening(by)?;
         self.end_puller(act.epoch, until).await?;
-        let opened = self
-            .reopen(
-                |m| {
-                    m.run = None;
-                    m.site = false;
-                    m.standby = false;
-                    m.pulls = None;
-                },
-                until,
-            )
-            .await?;
-        let late = self.late(act, opened, until).await?;
-        self.mark(|m| m.late = false)?;
-        Ok(late)
+        self.reopen(
+            |m| {
+                m.run = None;
+                m.site = false;
+                m.standby = false;
+                m.pulls = None;
+            },
+            until,
+        )
+        .await
     }
 
     /// Turns this site to pulling: writers denied here, one full pass done, and on for a while.
@@ -350,9 +345,7 @@ impl Plane for S3Plane {
         let wanted = match s3_act(act)? {
             S3Act::FenceWriters if act.run.is_some() && marks.run == act.run => Answer::Refused,
             S3Act::SelfClose if marks.closed() => Answer::Refused,
-            S3Act::OpenWriters if marks.opened == Some(act.epoch) && !marks.closed() && !marks.late => {
-                Answer::Accepted
-            }
+            S3Act::OpenWriters if marks.opened == Some(act.epoch) && !marks.closed() => Answer::Accepted,
             _ => return Ok(Progress::NotYet),
         };
         let closed = wanted == Answer::Refused;
@@ -378,6 +371,7 @@ impl Plane for S3Plane {
             S3Act::FenceWriters => here.fence_writers(act, until).await,
             S3Act::LastPass => here.last_pass(act, until).await,
             S3Act::OpenWriters => here.open_writers(act, by, until).await,
+            S3Act::LatePass => here.late_pass(act, until).await,
             S3Act::PullReverse => here.pull_reverse(act, until).await,
             S3Act::Verify => here.verify(act, until).await,
             S3Act::SelfClose => here.close(|m| m.site = true, until).await,

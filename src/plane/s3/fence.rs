@@ -176,10 +176,7 @@ impl Here {
 
     /// Ends pulling here for good in this epoch; nothing of it is in flight afterwards.
     pub(crate) async fn end_puller(&self, epoch: Epoch, until: Deadline) -> Result<(), PlaneError> {
-        self.mark(|m| {
-            m.late |= m.opened < Some(epoch);
-            m.opened = m.opened.max(Some(epoch));
-        })?;
+        self.mark(|m| m.opened = m.opened.max(Some(epoch)))?;
         self.stop_pass();
         let ended = wait_until(until, Duration::from_millis(5), "the puller to end", || async {
             Ok(self.puller.try_lock().is_ok().then_some(()))

@@ -19,9 +19,6 @@ pub(crate) struct Marks {
     pub(crate) opened: Option<Epoch>,
     /// The epoch in which it last turned to pulling.
     pub(crate) pulls: Option<Epoch>,
-    /// The site is open, and what came at the other one behind its last pass has not been looked for.
-    #[serde(default)]
-    pub(crate) late: bool,
 }
 
 impl Marks {

@@ -51,19 +51,28 @@ impl Here {
         Ok(self.with_late(Evidence::changed(seen), &late))
     }
 
-    /// What came at the other site behind the last pass, brought here before that site follows this one.
+    /// What a write that was under way at the old site's fence added there behind the last pass, brought here before
+    /// that site follows this one.
     ///
-    /// Errors: something of it is still missing here.
-    pub(crate) async fn late(
+    /// Errors: this site is not open in the act's epoch, or something is still missing here.
+    pub(crate) async fn late_pass(
         self: &Arc<Self>,
         act: &Act,
-        opened: Evidence,
         until: Deadline,
     ) -> Result<Evidence, PlaneError> {
+        let opened = self.state.now().opened;
+        if self.cfg.site != *act.new_holder() || opened != Some(act.epoch) {
+            let why = format!("{} was opened in epoch {opened:?}, not in {}", self.cfg.site, act.epoch);
+            return Err(PlaneError::refused("DC-0513", why));
+        }
         let late = self.pass(Mode::Late, act.epoch, until).await?;
         self.must_be_level(&late)?;
-        let seen = format!("{}; {} objects came late", opened.seen, late.pending);
-        Ok(self.with_late(Evidence { seen, ..opened }, &late))
+        let seen = format!(
+            "{} objects of {} looked at again, {} came after the last pass",
+            late.compared, self.peer.site, late.pending
+        );
+        let evidence = if late.brought == 0 { Evidence::already(seen) } else { Evidence::changed(seen) };
+        Ok(self.with_late(evidence, &late))
     }
 
     fn with_late(&self, evidence: Evidence, late: &Report) -> Evidence {

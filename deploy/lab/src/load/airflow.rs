@@ -16,6 +16,13 @@ use crate::world::{DATA_SITES, Plane, Site, World, port};
 
 /// The DAG whose runs are asked for: one task of some seconds, rerun allowed.
 pub const DAG: &str = "lab_rerun";
+/// Seconds that the runs take, in turn: at any moment a task runs, some of them over the pause between requests.
+pub type Lengths = [u64; 3];
+/// As users' tasks are: most are short, and a drain waits for some.
+pub const MIXED: Lengths = [3, 3, 8];
+/// Where nobody ends the tasks of the old site: two run at any moment, and end before their scheduler, without its
+/// database, is given up and takes them along.
+pub const EVEN: Lengths = [4, 4, 4];
 /// Pause between two accepted requests.
 const BETWEEN: Duration = Duration::from_secs(2);
 
@@ -122,11 +129,11 @@ pub fn run_name(id: (u16, u64)) -> String {
 async fn ask(shared: Arc<Shared>, history: Arc<History>, mut api: Api) {
     let writer = u16::from(api.site.index) * 100 + 1;
     let mut seq = shared.base;
+    let mut lengths = shared.lengths.into_iter().cycle();
     while !shared.over() {
         seq += 1;
         let sent = now_ns();
-        // each third one outlasts the pause between them: at any moment a task runs
-        let seconds = if seq.is_multiple_of(3) { 8 } else { 3 };
+        let seconds = lengths.next().unwrap_or_default();
         let outcome = match api.trigger(DAG, &run_name((writer, seq)), seconds).await {
             Ok(()) => Outcome::Acked,
             Err(Failed::Refused) => Outcome::Refused,

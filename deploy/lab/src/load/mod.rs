@@ -42,6 +42,8 @@ pub struct Shared {
     pub generation: AtomicU64,
     /// Numbers of all writers begin above this: those of an earlier load are not met again.
     pub base: u64,
+    /// Of Airflow's tasks.
+    pub lengths: airflow::Lengths,
     /// Ends everything.
     pub stop: CancellationToken,
 }
@@ -125,8 +127,8 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts the writers of every plane of the lab; `active` serves now.
-    pub async fn start(world: &World, active: Site) -> Result<Load> {
+    /// Starts the writers of every plane of the lab; `active` serves now, and Airflow's tasks take `lengths`.
+    pub async fn start(world: &World, active: Site, lengths: airflow::Lengths) -> Result<Load> {
         let open = |p: &Plane| Ok((*p, Arc::new(History::open(world, *p)?)));
         let histories = world.planes.iter().map(open).collect::<Result<_>>()?;
         let shared = Arc::new(Shared {
@@ -137,6 +139,7 @@ impl Load {
             moving: AtomicBool::new(false),
             generation: AtomicU64::new(0),
             base: wall_ns() / 1_000_000_000 * 1_000_000,
+            lengths,
             stop: CancellationToken::new(),
         });
         let mut tasks = JoinSet::new();
