@@ -1,8 +1,9 @@
 //! Voters, their certificates and the cables between them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use dc_core::ids::{SiteId, Token};
@@ -69,6 +70,14 @@ pub struct World {
     running: BTreeMap<String, Running>,
 }
 
+/// An address that no other voter of this machine has, and that no connection goes out from: a voter that is away
+/// finds its port free when it comes back.
+fn own_ip() -> Ipv4Addr {
+    static NEXT: AtomicU8 = AtomicU8::new(1);
+    let [.., high, low] = std::process::id().to_be_bytes();
+    Ipv4Addr::new(127, 64 | high >> 1, low, NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
 impl World {
     pub async fn new(sites: &[&str], snapshot_every: u64) -> Self {
         let folder = tempfile::tempdir().unwrap();
@@ -87,8 +96,8 @@ impl World {
             let pair = pki::issue(&ca, folder.path(), &order).unwrap();
             let files = TlsFiles { ca: ca.cert.clone(), cert: pair.cert, key: pair.key };
             tls.insert((*site).to_owned(), Arc::new(Tls::load(files).unwrap()));
-            let port = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-            listens.insert((*site).to_owned(), port);
+            let listens_at = TcpListener::bind((own_ip(), 0)).await.unwrap().local_addr().unwrap();
+            listens.insert((*site).to_owned(), listens_at);
         }
         let cuts: Cuts = Arc::new(watch::channel(BTreeSet::new()).0);
         let mut cables = BTreeMap::new();
