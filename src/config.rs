@@ -152,6 +152,15 @@ oslo = "127.1.3.1:7400"
     }
 
     #[test]
+    fn the_example_is_an_agent_with_every_plane() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/lab/example/agent.toml");
+        let read = Config::load(&file).map(|c| {
+            (c.postgres.is_some(), c.kafka.is_some(), c.s3.is_some(), c.airflow.is_some(), c.peers.len())
+        });
+        assert_eq!(read.map_err(|fail| fail.why), Ok((true, true, true, true, 3)));
+    }
+
+    #[test]
     fn refuses_an_unknown_key_with_its_line() {
         let why = said(&GOOD.replace("witness = true", "witnes = true"));
         assert!(why.contains("line 4") && why.contains("witnes"), "{why}");

@@ -271,6 +271,24 @@ mod tests {
     }
 
     #[test]
+    fn each_inequality_alone_is_refused_by_its_name() {
+        let wan = Profile::WAN;
+        let grants = wan.grant.saturating_sub(wan.grant * 2 / DRIFT);
+        let broken = [
+            ("I1", Profile { gate: wan.grant, ..wan }),
+            ("I2", Profile { lead: wan.hold, ..wan }),
+            ("I4", Profile { watchdog: grants / 2 + Duration::from_millis(1), ..wan }),
+            ("E1", Profile { heartbeat: wan.round_trip, ..wan }),
+            ("E2", Profile { election_min: wan.heartbeat * 3, ..wan }),
+            ("E3", Profile { election_max: wan.election_min, ..wan }),
+        ];
+        for (rule, profile) in broken {
+            let said = profile.check().err().map(|e| e.to_string()).unwrap_or_default();
+            assert!(said.contains(&format!("breaks {rule}:")), "{rule}: {said}");
+        }
+    }
+
+    #[test]
     fn the_holder_counts_from_sending_and_only_what_was_applied_here() {
         let mut lease = OwnLease::default();
         lease.sent(renewal(1), Time(1_000));

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use dc_core::act::{Act, Evidence, Outcome, Progress};
 use dc_core::authority::Authority;
+use dc_core::plan::Effect;
 use tokio::time::Instant;
 
 use crate::{Deadline, Depth, Plane, PlaneError};
@@ -91,6 +92,26 @@ pub async fn stands(
     }
 }
 
+/// All that an act promises by what it does to writers, its undo apart.
+///
+/// Errors: the first promise that is broken.
+pub async fn keeps(
+    plane: &dyn Plane,
+    act: &Act,
+    by: &Authority,
+    effect: Effect,
+    limit: Duration,
+) -> Result<Evidence, Broken> {
+    if effect == Effect::Opens {
+        refuses_to_open(plane, act, limit).await?;
+    }
+    keeps_its_deadline(plane, act, by).await?;
+    match effect {
+        Effect::Neither => repeatable(plane, act, by, limit).await,
+        Effect::Fences | Effect::Opens => stands(plane, act, by, limit).await,
+    }
+}
+
 /// Takes an act back twice; its work must not stand afterwards.
 ///
 /// Errors: a failure of either; a probe that still says done.
@@ -114,6 +135,8 @@ pub async fn keeps_its_deadline(plane: &dyn Plane, act: &Act, by: &Authority) ->
         return Err(broken(act, format!("came back {:?} after its deadline", began.elapsed())));
     }
     match result {
+        // a reading that says at once why it read nothing
+        Ok(evidence) if evidence.blocking().next().is_some() => Ok(()),
         Ok(evidence) if !stood => Err(broken(act, format!("was done after its deadline: {}", evidence.seen))),
         _ => Ok(()),
     }

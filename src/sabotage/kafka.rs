@@ -1,5 +1,6 @@
 //! Kafka: a mirror cut off before its source, a fence taken back, positions and grants that are not what was recorded.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use dc_core::act::{Act, ActName, Evidence, KafkaAct, Outcome};
@@ -34,7 +35,7 @@ impl Saboteur {
             }
             KafkaAct::Drain => {
                 let ends = self.mirror_cut_off(act, by, until).await?;
-                let count: usize = ends.values().map(|of| of.len()).sum();
+                let count: usize = ends.values().map(BTreeMap::len).sum();
                 let seen = format!("{count} partitions of {} ended twice the same after 2 ms", act.source);
                 Ok(Evidence::changed(seen).with(Outcome::SourceEnds(ends)))
             }

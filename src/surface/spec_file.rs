@@ -71,6 +71,13 @@ mod tests {
     }
 
     #[test]
+    fn the_example_is_a_group_with_every_plane() {
+        let text = include_str!("../../deploy/lab/example/group.toml");
+        assert_eq!(why(text), "");
+        assert_eq!(parse("group.toml", text).map(|spec| spec.planes().len()).unwrap_or_default(), 4);
+    }
+
+    #[test]
     fn complaints_name_file_and_line() {
         let unknown = why(&GOOD.replace("mirror =", "miror = \"x\"\nmirror ="));
         assert!(unknown.starts_with("group.toml:8: ") && unknown.contains("miror"), "{unknown}");

@@ -153,6 +153,22 @@ async fn a_failure_after_the_takeover_waits_for_a_human_and_a_retry_ends_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_failure_after_opened_goes_forward_only() {
+    let (world, _agents, context) = World::running().await;
+    world.script(|script| script.failing.insert("kafka.grant_apps".into(), 5));
+    let said = switch(&context, &MOVE).await.ended(7);
+    let run = world.state().runs.keys().next().unwrap().to_string();
+    let said = said.has(&["A HUMAN MUST ACT", "kafka.grant_apps was told to fail", "exit 7"]);
+    assert!(said.out.contains(&format!("dc-switch run retry {run}")));
+    assert!(!said.out.contains("run return"), "{}", said.out);
+    let before = world.state();
+    switch(&context, &["run", "return", &run]).await.ended(5).has(&["nothing was changed"]);
+    switch(&context, &["run", "abort", &run]).await.ended(5).has(&["nothing was changed"]);
+    assert_eq!(world.state().runs, before.runs);
+    switch(&context, &["run", "retry", &run]).await.ended(0).has(&["DONE"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_run_is_turned_round_before_it_opened() {
     let (world, _agents, context) = World::running().await;
     world.script(|script| script.failing.insert("postgres.promote".into(), 5));

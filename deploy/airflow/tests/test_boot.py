@@ -118,8 +118,10 @@ def test_writers_are_not_closed_but_drained_and_the_gate_answers_meanwhile(start
     unit.ask({"do": "open", "by": STEP})
     assert "error" in unit.ask({"do": "close", "grace_ms": 1})
     unit.process.terminate()
-    seen = unit.ask({"do": "status"})
-    assert seen["state"] == "draining"
+    until = time.monotonic() + 10  # the signal is on its way
+    while unit.ask({"do": "status"})["state"] == "open" and time.monotonic() < until:
+        time.sleep(0.01)
+    assert unit.ask({"do": "status"})["state"] == "draining"
     assert "drains" in unit.ask({"do": "open", "by": STEP})["error"]
     assert unit.process.wait(timeout=10) == 0
 

@@ -60,8 +60,8 @@ pub(crate) async fn run(site: &Site, act: &Act, until: Deadline) -> Result<Evide
     match &reading {
         Ok(reading) => {
             of_database(&mut found, reading, holds(site, act));
-            if let Ok(facts) = &facts {
-                of_schema(&mut found, reading, facts);
+            if let Some(why) = facts.as_ref().ok().and_then(|facts| schema(&reading.heads, facts)) {
+                found.block("DC-0602", why);
             }
         }
         Err(cause) => found.block("DC-0604", cause.to_string()),
@@ -116,18 +116,11 @@ fn of_installation(found: &mut Found<'_>, facts: &Facts) {
     }
 }
 
-fn of_schema(found: &mut Found<'_>, reading: &Reading, facts: &Facts) {
-    if reading.heads != facts.heads {
-        found.block(
-            "DC-0602",
-            format!(
-                "the schema is at {}, Airflow {} here wants {}",
-                reading.heads.join(" "),
-                facts.version,
-                facts.heads.join(" ")
-            ),
-        );
-    }
+/// Why these binaries cannot run on a schema; none if they can.
+fn schema(heads: &[String], facts: &Facts) -> Option<String> {
+    let (stands, wanted) = (heads.join(" "), facts.heads.join(" "));
+    (stands != wanted)
+        .then(|| format!("the schema is at {stands}, Airflow {} here wants {wanted}", facts.version))
 }
 
 fn of_database(found: &mut Found<'_>, reading: &Reading, holder: bool) {
@@ -196,4 +189,45 @@ fn told(facts: Option<&Facts>, reading: Option<&Reading>, findings: usize) -> St
     // writing to a String cannot fail
     let _ = write!(text, ", {findings} findings");
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn facts(version: &str, head: &str, fernet: &str) -> Facts {
+        Facts {
+            version: version.into(),
+            heads: vec![head.into()],
+            executor: "LocalExecutor".into(),
+            fingerprints: BTreeMap::from([("fernet_key".into(), fernet.into())]),
+            missing: Vec::new(),
+            short: Vec::new(),
+            numbers: BTreeMap::new(),
+            remote_logging: true,
+            remote_log_base: "s3://orders/logs".into(),
+        }
+    }
+
+    #[test]
+    fn binaries_of_another_release_than_the_schema_are_named_with_both() {
+        let here = facts("3.3.1", "aaaa", "k");
+        assert_eq!(schema(&["aaaa".into()], &here), None);
+        let why = schema(&["bbbb".into()], &here).unwrap_or_default();
+        assert!(why.contains("is at bbbb, Airflow 3.3.1 here wants aaaa"), "{why}");
+    }
+
+    #[test]
+    fn what_the_sites_must_have_in_common_differs_with_version_and_key() {
+        let differs = |other: &Facts| {
+            let (one, other) = (common(&facts("3.3.2", "aaaa", "k")), common(other));
+            let pairs = one.into_iter().zip(other).filter(|(a, b)| a != b);
+            pairs.map(|((of, _), _)| of).collect::<Vec<_>>()
+        };
+        assert!(differs(&facts("3.3.2", "aaaa", "k")).is_empty());
+        assert_eq!(differs(&facts("3.3.1", "aaaa", "k")), ["airflow version"]);
+        assert_eq!(differs(&facts("3.3.2", "bbbb", "other")), ["airflow schema", "fernet key"]);
+    }
 }

@@ -11,6 +11,9 @@ use dc_plane::PlaneError;
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 
+/// Where a lock file says what the instance is about to do, counted from 0.
+const STATUS_LINE: usize = 7;
+
 /// One process, told apart from any later one that gets its number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Process {
@@ -84,6 +87,12 @@ pub(crate) fn postmaster(data_dir: &Path) -> Option<Process> {
     let process = Process::of(pid)?;
     let stands_in: PathBuf = fs::read_link(format!("/proc/{pid}/cwd")).ok()?;
     (stands_in == fs::canonicalize(data_dir).ok()?).then_some(process)
+}
+
+/// Whether the instance says of itself, in its lock file, that it is on its way down.
+pub(crate) fn stopping(data_dir: &Path) -> bool {
+    let lock = fs::read_to_string(data_dir.join("postmaster.pid")).unwrap_or_default();
+    lock.lines().nth(STATUS_LINE).is_some_and(|status| status.trim() == "stopping")
 }
 
 /// One child as a look at the list saw it; without a start when it was gone before it could be asked.

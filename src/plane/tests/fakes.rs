@@ -48,19 +48,11 @@ async fn every_act_of_a_move_keeps_its_promises() {
         }
         let Some((intent, plane, by, effect)) = bank.next() else { break };
         suite::observes(plane.as_ref(), LIMIT).await.unwrap();
-        suite::keeps_its_deadline(plane.as_ref(), &intent.act, &by).await.unwrap();
-        let evidence = match effect {
-            Effect::Neither => suite::repeatable(plane.as_ref(), &intent.act, &by, LIMIT).await.unwrap(),
-            Effect::Fences => {
-                suite::stands(plane.as_ref(), &intent.act, &by, LIMIT).await.unwrap();
-                suite::undoes(plane.as_ref(), &intent.act, &by, LIMIT).await.unwrap();
-                suite::stands(plane.as_ref(), &intent.act, &by, LIMIT).await.unwrap()
-            }
-            Effect::Opens => {
-                suite::refuses_to_open(plane.as_ref(), &intent.act, LIMIT).await.unwrap();
-                suite::stands(plane.as_ref(), &intent.act, &by, LIMIT).await.unwrap()
-            }
-        };
+        let mut evidence = suite::keeps(plane.as_ref(), &intent.act, &by, effect, LIMIT).await.unwrap();
+        if effect == Effect::Fences {
+            suite::undoes(plane.as_ref(), &intent.act, &by, LIMIT).await.unwrap();
+            evidence = suite::stands(plane.as_ref(), &intent.act, &by, LIMIT).await.unwrap();
+        }
         bank.bench.answer(&intent, Ok(evidence));
         acts += 1;
     }

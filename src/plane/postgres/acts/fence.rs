@@ -14,7 +14,7 @@ use crate::control::{Control, State};
 use crate::db;
 use crate::door::{self, Answer, Knock};
 use crate::local::{Local, Part, Stop};
-use crate::procs::Process;
+use crate::procs::{self, Process};
 
 /// How long clients may take to end once told to.
 const SWEEP_LIMIT: Duration = Duration::from_secs(5);
@@ -135,7 +135,11 @@ impl Local {
             let control = self.control(until).await?;
             return Ok(stopped(token(&control)?, "was stopped", false));
         }
-        let ended = self.only_target_streams(act, until).await?;
+        let ended = match self.only_target_streams(act, until).await {
+            // an order to stop got through before, and only its answer was lost
+            Err(_) if procs::stopping(&self.config.data_dir) => 0,
+            found => found?,
+        };
         // a serve that comes now must find the fence, also when no act shut the clients out before
         self.marks
             .update(move |m| m.fence = m.fence.take().filter(|f| f.run == mark.run).or(Some(mark)))

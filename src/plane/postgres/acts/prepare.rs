@@ -263,13 +263,14 @@ impl Local {
         Ok(true)
     }
 
-    /// Clears the names that pre-sync set.
+    /// Clears the names that pre-sync set; a primary that died meanwhile is started.
     pub(crate) async fn undo_pre_sync(
         &self,
         by: &Authority,
         until: Deadline,
     ) -> Result<Evidence, PlaneError> {
         must_open(by)?;
+        self.ensure_primary(until).await?;
         let cleared = self.clear_names(until).await?;
         self.marks.update(|m| m.pre_sync = None).await?;
         let seen = format!("synchronous_standby_names is {:?}", self.names(until).await?);

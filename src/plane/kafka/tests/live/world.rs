@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use dc_core::act::{Act, ActName, Change, Direction, Evidence, Finding, KafkaAct, Outcome, Progress};
 use dc_core::authority::Authority;
 use dc_core::ids::{Epoch, RunId, SiteId, Token};
+use dc_core::plan::Effect;
 use dc_core::position::{Ends, Grant};
 use dc_core::spec::GroupSpec;
-use dc_plane::{Deadline, Depth, Plane, PlaneError, Role};
+use dc_plane::{Deadline, Depth, Plane, PlaneError, Role, suite};
 use dc_plane_kafka::{Config, build, hands};
 
 use crate::clients::{Acked, Tp, read};
@@ -162,12 +163,21 @@ impl World {
         done
     }
 
-    /// Performs, and if `twice` probes and performs again: the second finds it done.
+    /// Performs; if `twice`, with all that the act promises, and then once more by a new driver, which finds it done.
     pub async fn go_twice(&mut self, name: KafkaAct, site: &SiteId, twice: bool) {
-        self.go(name, site).await;
         if !twice {
+            self.go(name, site).await;
             return;
         }
+        let effect = match name {
+            KafkaAct::FenceApps | KafkaAct::FenceMirror => Effect::Fences,
+            KafkaAct::GrantApps => Effect::Opens,
+            _ => Effect::Neither,
+        };
+        let (plane, act) = (self.plane(site), self.act(name, site));
+        let kept = suite::keeps(plane.as_ref(), &act, &self.by(), effect, Duration::from_mins(1)).await;
+        kept.unwrap_or_else(|broken| panic!("{broken}"));
+        self.go(name, site).await;
         self.restart();
         let probed = self.plane(site).probe(&self.act(name, site), soon()).await;
         assert!(matches!(probed, Ok(Progress::Done(_))), "{name:?} probed: {probed:?}");

@@ -15,11 +15,12 @@ use aws_sdk_s3::primitives::ByteStream;
 use dc_core::act::{Act, ActName, Direction, Evidence, Finding, Outcome, S3Act};
 use dc_core::authority::Authority;
 use dc_core::ids::{Epoch, RunId, SiteId, Token};
+use dc_core::plan::Effect;
 use dc_core::position::DagRelease;
 use dc_core::spec::GroupSpec;
 use dc_core::time::WallTime;
 use dc_plane::releases::{Releases, Sealing};
-use dc_plane::{Deadline, Plane, PlaneError};
+use dc_plane::{Deadline, Plane, PlaneError, suite};
 use dc_plane_s3::{Config, build, publisher};
 use serde::Deserialize;
 use tokio::sync::{Mutex, MutexGuard};
@@ -97,8 +98,10 @@ pub fn spec() -> Res<GroupSpec> {
     Ok(toml::from_str(&std::fs::read_to_string(world()?.join("group.toml"))?)?)
 }
 
+const LIMIT: Duration = Duration::from_secs(30);
+
 pub fn soon() -> Deadline {
-    Deadline::within(Duration::from_secs(30))
+    Deadline::within(LIMIT)
 }
 
 pub fn step(epoch: Epoch) -> Authority {
@@ -196,10 +199,15 @@ impl Lab {
     }
 
     /// Performs an act twice: the second must end well too.
-    pub async fn twice(&self, name: S3Act, at: &Side, way: Move<'_>) -> Result<Evidence, PlaneError> {
-        let first = self.act(name, at, way).await?;
-        self.act(name, at, way).await?;
-        Ok(first)
+    /// An act with all that it promises; performed twice.
+    pub async fn twice(&self, name: S3Act, at: &Side, way: Move<'_>) -> Res<Evidence> {
+        let effect = match name {
+            S3Act::FenceWriters => Effect::Fences,
+            S3Act::OpenWriters => Effect::Opens,
+            _ => Effect::Neither,
+        };
+        let act = self.make(name, at, way);
+        Ok(suite::keeps(at.plane.as_ref(), &act, &step(way.epoch), effect, LIMIT).await?)
     }
 
     pub async fn act(&self, name: S3Act, at: &Side, way: Move<'_>) -> Result<Evidence, PlaneError> {
