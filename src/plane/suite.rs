@@ -6,7 +6,7 @@
 use std::mem::{Discriminant, discriminant};
 use std::time::Duration;
 
-use dc_core::act::{Act, Evidence, Outcome, Progress};
+use dc_core::act::{Act, Change, Evidence, Outcome, Progress};
 use dc_core::authority::Authority;
 use dc_core::plan::Effect;
 use tokio::time::Instant;
@@ -135,20 +135,22 @@ pub async fn keeps_its_deadline(plane: &dyn Plane, act: &Act, by: &Authority) ->
         return Err(broken(act, format!("came back {:?} after its deadline", began.elapsed())));
     }
     match result {
-        // a reading that says at once why it read nothing
-        Ok(evidence) if evidence.blocking().next().is_some() => Ok(()),
-        Ok(evidence) if !stood => Err(broken(act, format!("was done after its deadline: {}", evidence.seen))),
+        Ok(evidence) if !stood && evidence.change == Change::Changed => {
+            Err(broken(act, format!("was done after its deadline: {}", evidence.seen)))
+        }
         _ => Ok(()),
     }
 }
 
 /// Asks an opening act of a plane with an authority that may only close.
 ///
-/// Errors: anything but a refusal that leaves what stood as it was.
+/// Errors: anything but a refusal that leaves what stood as it was, or the word that it stood already.
 pub async fn refuses_to_open(plane: &dyn Plane, act: &Act, limit: Duration) -> Result<(), Broken> {
     let before = within(act, "probe", plane.probe(act, Deadline::within(limit)).await)?;
     let answer = plane.perform(act, &Authority::self_fence(), Deadline::within(limit)).await;
-    if !matches!(answer, Err(PlaneError::Refused { .. })) {
+    let nothing_to_open =
+        matches!((&before, &answer), (Progress::Done(_), Ok(found)) if found.change == Change::Already);
+    if !nothing_to_open && !matches!(answer, Err(PlaneError::Refused { .. })) {
         return Err(broken(act, format!("opens for who may only close: {answer:?}")));
     }
     let after = within(act, "probe", plane.probe(act, Deadline::within(limit)).await)?;

@@ -184,7 +184,8 @@ async fn hard_times() -> Result<()> {
     let note: serde_json::Value = serde_json::from_slice(&std::fs::read(run_dir.join("writers.kept"))?)?;
     let keeper = rustix::process::Pid::from_raw(i32::try_from(note["keeper"].as_i64().context("keeper")?)?);
     rustix::process::kill_process(keeper.context("pid")?, rustix::process::Signal::KILL)?;
-    let gone = world.twice(&holder, &act(AirflowAct::ProveGone, &rome)).await?;
+    let gone = holder.perform(&act(AirflowAct::ProveGone, &rome), &world.step("h"), soon()).await?;
+    world.twice(&holder, &act(AirflowAct::ProveGone, &rome)).await?;
     ensure!(gone.seen.contains("is empty (") && !gone.seen.contains("(0 "), "{}", gone.seen);
     left_over_log(&world, &rome).await?;
     world.undo_twice(&holder, &act(AirflowAct::ProveGone, &rome)).await?;
@@ -201,7 +202,8 @@ async fn left_over_log(world: &World, site: &SiteId) -> Result<()> {
     std::fs::create_dir_all(log.parent().context("folder")?)?;
     std::fs::write(&log, "{\"event\":\"it ended\"}\n")?;
     let act = world.act(AirflowAct::UploadTaskLogs, site, &rome, &fra, Some("l"));
-    let first = world.twice(&plane, &act).await?;
+    let first = plane.perform(&act, &world.step("l"), soon()).await?;
+    world.twice(&plane, &act).await?;
     ensure!(first.change == Change::Changed, "{}", first.seen);
     ensure!(std::fs::metadata(&log)?.len() == 0, "what was uploaded is no longer on disk");
     Ok(())
