@@ -104,6 +104,13 @@ impl History {
         events.iter().rev().find(|e| e.outcome == Outcome::Acked).map(|e| e.site)
     }
 
+    /// Every write that a site was asked for up to a time and may have done.
+    pub fn possible_ids(&self, site: Site, to: u64) -> Vec<Id> {
+        let Ok(events) = self.events.lock() else { return Vec::new() };
+        let fits = |e: &&Event| e.site == site && e.outcome != Outcome::Refused && e.done <= to;
+        events.iter().filter(fits).map(|e| e.id).collect()
+    }
+
     /// Every write acknowledged up to a time by a site.
     pub fn acked_ids(&self, site: Site, from: u64, to: u64) -> Vec<Id> {
         let Ok(events) = self.events.lock() else { return Vec::new() };

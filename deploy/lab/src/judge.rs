@@ -180,7 +180,7 @@ impl Judge {
             fence: writes::fence_seen(&events, w),
             known: runs.iter().map(|(name, _)| name.clone()).collect(),
             accepted,
-            older: airflow::accepted(history, &[w.source], w.to),
+            older: airflow::possible(history, w.source, w.to),
             unfinished,
             release: self.release,
         };

@@ -194,7 +194,7 @@ fn table(broken: &[&Broken], plan: &Answer, asked: &Answer, took: Duration) {
         let told = |answer: &Answer| codes(&answer.body, one.plane).into_iter().collect::<Vec<_>>().join(" ");
         println!(
             "{:<10}{:<38}{:<10}{:<28}{}",
-            one.plane,
+            one.plane.name(),
             one.what,
             one.codes.join(" "),
             told(plan),

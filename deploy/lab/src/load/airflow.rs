@@ -156,6 +156,11 @@ pub fn accepted(history: &History, sites: &[Site], to: u64) -> BTreeSet<String> 
     sites.iter().flat_map(|s| history.acked_ids(*s, 0, to)).map(run_name).collect()
 }
 
+/// Runs that a site may have accepted up to a time: those too whose answer was lost.
+pub fn possible(history: &History, site: Site, to: u64) -> BTreeSet<String> {
+    history.possible_ids(site, to).into_iter().map(run_name).collect()
+}
+
 /// Takeover to the first scheduler that put its own row into the new site's database.
 ///
 /// Errors: the database cannot be read. `None`: there is no such row.
