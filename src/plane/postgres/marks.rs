@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
 use crate::conf;
-use crate::procs::Process;
 
 /// A fence that a run holds here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,8 +47,6 @@ pub(crate) struct Marks {
     pub delays: Option<Delays>,
     /// A rewind or base backup under way: this site's own configuration files are kept aside.
     pub rebuilding: bool,
-    /// The tool that does it.
-    pub tool: Option<Process>,
 }
 
 /// The marks of one site, on disk. Nothing is cached: what a dropped act wrote counts.

@@ -3,20 +3,20 @@
 //! What diverged is kept first. This site's own configuration files are kept aside and put back, for a rewind brings
 //! the other site's. Both survive a crash: a rebuild that began is repeated before the instance may start.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
+use std::{fs, io};
 
 use dc_core::act::{Act, Outcome};
 use dc_core::ids::SiteId;
 use dc_core::position::Lsn;
 use dc_plane::{Deadline, PlaneError, wait_until};
+use rustix::fs::{FlockOperation, flock};
 
 use crate::conf;
 use crate::db;
 use crate::local::{Local, last_words};
-use crate::procs::Process;
 
 /// How often a tool is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -36,7 +36,7 @@ impl Local {
         until: Deadline,
     ) -> Result<&'static str, PlaneError> {
         self.finish_swap()?;
-        self.wait_for_tool(until).await?;
+        drop(self.no_tool(until).await?);
         self.come_down(until).await?;
         if !self.marks.get()?.rebuilding {
             self.quarantine(act)?;
@@ -135,14 +135,16 @@ impl Local {
         Ok(())
     }
 
-    /// A tool of an earlier attempt still works: it is waited for, for killing it half-way ruins what it writes.
-    async fn wait_for_tool(&self, until: Deadline) -> Result<(), PlaneError> {
-        let Some(tool) = self.marks.get()?.tool else { return Ok(()) };
+    /// Waits until no tool of an earlier attempt works any more, for killing one half-way ruins what it writes.
+    ///
+    /// Returns the lock that the next tool inherits: it is held for as long as any of its processes lives, whenever
+    /// this agent died.
+    async fn no_tool(&self, until: Deadline) -> Result<fs::File, PlaneError> {
+        let path = self.state_dir.join("tool.lock");
         wait_until(until, LOOK_EVERY, "an earlier rewind or base backup ends", || async {
-            Ok((!tool.lives()).then_some(()))
+            lock(&path).map_err(|e| PlaneError::failed(format!("lock {}", path.display()), &e))
         })
-        .await?;
-        self.marks.update(move |m| m.tool = None).await
+        .await
     }
 
     async fn rewind(&self, holder: &SiteId, until: Deadline) -> Result<(), PlaneError> {
@@ -191,15 +193,24 @@ impl Local {
         let out = fs::File::create(&log).map_err(fail)?;
         // its output is a file and it leads its own group, so that it outlives this agent
         tool.stdout(Stdio::from(out.try_clone().map_err(fail)?)).stderr(Stdio::from(out)).process_group(0);
+        tool.stdin(Stdio::from(self.no_tool(until).await?));
         let mut child = tool.spawn().map_err(fail)?;
-        let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Process::of);
-        self.marks.update(move |m| m.tool = pid).await?;
+        drop(tool); // and with it our hold on the lock
         let ended = until.bound(&format!("{name} ends"), child.wait()).await?.map_err(fail)?;
-        self.marks.update(move |m| m.tool = None).await?;
         if ended.success() {
             return Ok(());
         }
         Err(PlaneError::Failed { what: name.to_owned(), why: format!("{ended}: {}", last_words(&log)) })
+    }
+}
+
+/// The lock of a file, if nobody holds it. It goes with the last process that has it open.
+fn lock(path: &Path) -> io::Result<Option<fs::File>> {
+    let file = fs::File::options().create(true).truncate(false).write(true).read(true).open(path)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(other) => Err(other.into()),
     }
 }
 
@@ -222,6 +233,19 @@ fn clear_dir(path: &Path) -> Result<(), PlaneError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tool_holds_its_lock_beyond_the_agent_that_started_it() -> io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("tool.lock");
+        let held = lock(&path)?.ok_or(io::ErrorKind::WouldBlock)?;
+        let mut tool = std::process::Command::new("sleep").arg("60").stdin(Stdio::from(held)).spawn()?;
+        assert!(lock(&path)?.is_none(), "a second tool would start beside it");
+        tool.kill()?;
+        tool.wait()?;
+        assert!(lock(&path)?.is_some());
+        Ok(())
+    }
 
     #[test]
     fn a_segments_name_tells_its_place() {
