@@ -250,7 +250,7 @@ pub async fn moves(under: &Under, mut more: impl FnMut(usize) -> bool) -> Result
         eprintln!("  move {number}: {active} -> {wanted}, load is warming up");
         warm(shared, active, from).await;
         if shared.world.planes.contains(&Plane::S3) {
-            judge.dags = s3::list(&shared.world, active, s3::DAGS).await?;
+            judge.dags = s3::releases(&shared.world, active).await?;
         }
         judge.release = releases.newest(now_ns());
         let (row, found, window) = one_move(shared, &mut judge, number, from, active, wanted).await?;

@@ -122,7 +122,7 @@ impl<'a> Bench<'a> {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         if self.world.planes.contains(&Plane::S3) {
-            self.judge.dags = s3::list(self.world, source, s3::DAGS).await?;
+            self.judge.dags = s3::releases(self.world, source).await?;
         }
         self.shared.moving.store(true, Ordering::Relaxed);
         let asked = now_ns();

@@ -142,6 +142,32 @@ async fn list_from(client: &Client, prefix: &str, after: Option<String>) -> Resu
     Ok(objects)
 }
 
+/// What a site's bucket holds of published DAG releases: their manifests, and the files that these name.
+///
+/// A file that no manifest names was staged by a publisher that did not get to its end, and was told so.
+pub async fn releases(world: &World, site: Site) -> Result<BTreeMap<String, Object>> {
+    let client = client(world, site, "root")?;
+    let mut objects =
+        list_from(&client, DAGS, None).await.with_context(|| format!("list {DAGS} at {site}"))?;
+    let mut manifests = String::new();
+    for key in objects.keys().filter(|key| file_of(key).is_none()) {
+        let got = client.get_object().bucket(BUCKET).key(key).send().await;
+        let body = got.with_context(|| format!("read {key} at {site}"))?.body.collect().await?.into_bytes();
+        manifests.push_str(&String::from_utf8_lossy(&body));
+    }
+    published(&mut objects, &manifests);
+    Ok(objects)
+}
+
+/// The name, which is the hash, of a file of DAG releases.
+fn file_of(key: &str) -> Option<&str> {
+    key.split_once("/blob/").map(|(_, name)| name)
+}
+
+fn published(objects: &mut BTreeMap<String, Object>, manifests: &str) {
+    objects.retain(|key, _| file_of(key).is_none_or(|name| manifests.contains(name)));
+}
+
 /// The load's objects at one site. An object whose size is not that of what was written does not count as held.
 pub async fn content(world: &World, site: Site) -> Result<(Content, BTreeMap<String, Object>)> {
     let objects = list(world, site, PREFIX).await?;
@@ -190,6 +216,15 @@ mod tests {
     fn a_key_names_its_write() {
         assert_eq!(id_of(&key((201, 17))), Some((201, 17)));
         assert_eq!(id_of("logs/dag_id=load/other"), None);
+    }
+
+    #[test]
+    fn a_file_counts_only_if_a_manifest_names_it() {
+        let object = Object { size: 1, etag: String::new() };
+        let keys = ["dags/dc/v1/blob/aa", "dags/dc/v1/blob/bb", "dags/dc/v1/release/000001-cc.json"];
+        let mut objects: BTreeMap<_, _> = keys.map(|key| (key.to_string(), object.clone())).into();
+        published(&mut objects, r#"{"files":[{"path":"a.py","sha256":"bb"}]}"#);
+        assert_eq!(objects.into_keys().collect::<Vec<_>>(), keys[1..]);
     }
 
     #[test]
