@@ -126,7 +126,7 @@ pub async fn undoes(plane: &dyn Plane, act: &Act, by: &Authority, limit: Duratio
 
 /// Performs an act whose deadline has passed, as after a long wait for its turn.
 ///
-/// Errors: an answer that comes late; or a success of work that did not stand before.
+/// Errors: an answer that comes late; or a change that was made all the same.
 pub async fn keeps_its_deadline(plane: &dyn Plane, act: &Act, by: &Authority) -> Result<(), Broken> {
     let stood = matches!(plane.probe(act, Deadline::within(LATE)).await, Ok(Progress::Done(_)));
     let began = Instant::now();

@@ -82,10 +82,7 @@ impl Local {
         let mine = mark_of(by)?;
         let marks = self.marks.get()?;
         if self.site == act.source {
-            if let Some(no) = foreign_fence(&marks, &mine) {
-                return Err(no);
-            }
-            self.ensure_primary(until).await?;
+            self.start_again(by, until).await?;
         }
         if marks.fence.is_none() && self.door_is_shut()? == Some(false) {
             return Ok(Evidence::already("no fence stands and the door is open"));
@@ -219,6 +216,14 @@ impl Local {
             tokio::time::sleep(pause).await;
         }
         true
+    }
+
+    /// Starts a source that died in a run which is taken back, door shut, unless another run fenced it.
+    pub(crate) async fn start_again(&self, by: &Authority, until: Deadline) -> Result<(), PlaneError> {
+        if let Some(no) = foreign_fence(&self.marks.get()?, &mark_of(by)?) {
+            return Err(no);
+        }
+        self.ensure_primary(until).await.map(drop)
     }
 
     /// Starts the primary, door shut, if no instance runs.

@@ -270,7 +270,7 @@ impl Local {
         until: Deadline,
     ) -> Result<Evidence, PlaneError> {
         must_open(by)?;
-        self.ensure_primary(until).await?;
+        self.start_again(by, until).await?;
         let cleared = self.clear_names(until).await?;
         self.marks.update(|m| m.pre_sync = None).await?;
         let seen = format!("synchronous_standby_names is {:?}", self.names(until).await?);
